@@ -1,0 +1,1 @@
+"""Backends: each lowers a program to an artifact and loads it as a session."""

@@ -1,0 +1,1 @@
+"""Passes: one rewrite a file, grouped by job."""
