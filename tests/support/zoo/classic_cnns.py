@@ -188,8 +188,10 @@ class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of [N, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x.permute(0, 2, 3, 1))
-        return out.permute(0, 3, 1, 2)
+        out: Tensor = F.layer_norm(
+            x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+        ).permute(0, 3, 1, 2)
+        return out
 
 
 class ConvNextBlock(nn.Module):

@@ -117,9 +117,7 @@ DECODERS = (
         _tokens,
         "sliding-window attention, shorter than the texts",
     ),
-    _model(
-        "phi3", "decoder", "Phi3ForCausalLM", GROUPED, _tokens, "fused q, k, v; fused gate, up"
-    ),
+    _model("phi3", "decoder", "Phi3ForCausalLM", GROUPED, _tokens, "fused q, k, v; fused gate, up"),
     _model(
         "gemma",
         "decoder",
