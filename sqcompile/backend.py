@@ -1,0 +1,155 @@
+"""What a backend is: it says what it supports, lowers a program to an artifact, and loads it as a session."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import fx
+
+from sqcompile.errors import BackendError, UnsupportedError, did_you_mean
+from sqcompile.program import Program
+from sqcompile.signature import Signature
+
+# Modules that define `BACKEND`, an instance; imported only when asked for, so that a missing runtime
+# hurts nobody who does not use it.
+_BACKENDS = {
+    "reference": "sqcompile.backends.reference",
+    "onnxruntime": "sqcompile.backends.onnxruntime",
+}
+
+
+class Session(ABC):
+    """A loaded artifact: called as the model is, it returns what the model returns."""
+
+    signature: Signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with the model's own call and output structure.
+
+        Raises:
+            InputError: If the inputs do not fit the signature.
+        """
+        return self.signature.unflatten(self.run(self.signature.bind(args, kwargs)))
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run on flat, checked inputs (`Signature.bind`) and return flat outputs as torch tensors."""
+
+
+class Artifact(ABC):
+    """A lowered program, in memory or in files of ours, ready to be saved or loaded.
+
+    Attributes:
+        suffix: File name suffix, such as `.onnx`.
+        notes: What the backend has to say about the choices it made, for the report.
+    """
+
+    suffix: ClassVar[str]
+    notes: Sequence[str] = ()
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """Size of all its files, in bytes."""
+
+    @abstractmethod
+    def save(self, path: Path) -> list[Path]:
+        """Write it, whole or not at all (temporary name, fsync, rename), and return the files.
+
+        Raises:
+            FileError: If it cannot be written.
+        """
+
+
+class Backend(ABC):
+    """Turns programs into artifacts and artifacts into sessions."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def supports(self, program: Program, node: fx.Node) -> str | None:
+        """Return None if the backend can run the node, else the reason why not."""
+
+    @abstractmethod
+    def lower(self, program: Program) -> Artifact:
+        """Lower a program.
+
+        Raises:
+            UnsupportedError: If it holds operators that the backend cannot run; all are listed.
+            BackendError: If lowering fails.
+        """
+
+    @abstractmethod
+    def load(self, source: Artifact | Path, *, threads: int | None = None) -> Session:
+        """Load an artifact, from memory or from its file.
+
+        Args:
+            source: The artifact, or the path of its main file.
+            threads: Threads within an operator; None leaves the choice to the runtime.
+
+        Raises:
+            FileError: If the file is missing, damaged or of another kind.
+            BackendError: If the runtime refuses it.
+        """
+
+    def unsupported(self, program: Program) -> list[tuple[fx.Node, str]]:
+        """Return every node that the backend cannot run, with the reason."""
+        found = []
+        for node in program.compute_nodes():
+            reason = self.supports(program, node)
+            if reason is not None:
+                found.append((node, reason))
+        return found
+
+    def require_support(self, program: Program) -> None:
+        """Check the whole program.
+
+        Raises:
+            UnsupportedError: Listing every unsupported node with module path and source line.
+        """
+        from sqcompile.text import locate, operator_name
+
+        found = self.unsupported(program)
+        if not found:
+            return
+        lines = [f"{operator_name(node)} at {locate(node)}: {reason}" for node, reason in found]
+        raise UnsupportedError(
+            f"The {self.name} backend cannot run {len(found)} of the program's operators.",
+            where=lines[0] if len(lines) == 1 else "\n    " + "\n    ".join(lines),
+            seen=", ".join(sorted({operator_name(node) for node, _ in found})),
+            next_step="use another backend, or compile a part of the model without them",
+        )
+
+
+def get_backend(name: str) -> Backend:
+    """Return a backend by name.
+
+    Raises:
+        BackendError: If there is none of that name, or what it needs is not installed.
+    """
+    if name not in _BACKENDS:
+        raise BackendError(
+            f"There is no backend '{name}'.",
+            seen=name,
+            expected=", ".join(["auto", *_BACKENDS]),
+            next_step=did_you_mean(name, ["auto", *_BACKENDS]),
+        )
+    try:
+        module = importlib.import_module(_BACKENDS[name])
+    except ImportError as error:
+        raise BackendError(
+            f"The {name} backend cannot be loaded.",
+            seen=f"{type(error).__name__}: {error}",
+            next_step="install what is missing: pip install sqcompile",
+        ) from error
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def backend_names() -> list[str]:
+    """Return the names of the backends, without `auto`."""
+    return list(_BACKENDS)

@@ -1,0 +1,146 @@
+"""Calibration data: batches as users have them, checked and bound to a program's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sqcompile.errors import CalibrationError, InputError
+from sqcompile.signature import Signature
+
+
+class Calibration:
+    """A sized, re-iterable view of calibration batches as flat inputs.
+
+    Args:
+        batches: Each a tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair
+            (tuple, dict). An iterator is read once and kept; lists and data loaders are not copied.
+        signature: Inputs of the program that the batches are for.
+
+    Raises:
+        CalibrationError: If there is no batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], signature: Signature) -> None:
+        if isinstance(batches, (torch.Tensor, np.ndarray, Mapping, str)):
+            raise CalibrationError(
+                "Calibration data must be an iterable of batches.",
+                where="calibration",
+                seen=type(batches).__name__,
+                expected="a list (or data loader) of tensors, tuples or dicts",
+                next_step="wrap one batch in a list: calibration=[batch]",
+            )
+        try:
+            # An iterator can be read only once, and several passes read the data.
+            self._batches: Any = list(batches) if iter(batches) is batches else batches
+        except TypeError as error:
+            raise CalibrationError(
+                "Calibration data cannot be iterated.",
+                where="calibration",
+                seen=type(batches).__name__,
+                expected="an iterable of batches",
+                next_step="pass a list of batches",
+            ) from error
+        self.signature = signature
+        if hasattr(self._batches, "__len__") and len(self._batches) == 0:
+            self._reject_empty()
+
+    def __len__(self) -> int:
+        if not hasattr(self._batches, "__len__"):
+            self._batches = list(self._batches)
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        count = 0
+        for index, batch in enumerate(self._batches):
+            yield self.bind(batch, f"calibration batch {index}")
+            count += 1
+        if count == 0:
+            self._reject_empty()
+
+    def first(self) -> list[Any]:
+        """Return the first batch as flat inputs."""
+        return next(iter(self))
+
+    def bind(self, batch: Any, where: str) -> list[Any]:
+        """Return one batch as flat inputs.
+
+        Raises:
+            CalibrationError: If it does not fit the program's inputs, is empty, or holds NaN or infinity.
+        """
+        args, kwargs = as_call(batch)
+        try:
+            flat = self.signature.bind(args, kwargs)
+        except InputError as error:
+            raise CalibrationError(
+                f"A calibration batch does not fit the model. {error.what}",
+                where=f"{where}, {error.where}",
+                seen=error.seen,
+                expected=error.expected,
+                next_step=error.next_step,
+            ) from error
+        for value, leaf in zip(self.signature.inputs, flat, strict=True):
+            check_data(leaf, f"{where}, input '{value.name}'")
+        return flat
+
+    def _reject_empty(self) -> None:
+        raise CalibrationError(
+            "Calibration data is empty.",
+            where="calibration",
+            seen="0 batches",
+            expected="at least one batch",
+            next_step="pass 100 to 500 samples that look like the data in use",
+        )
+
+
+def as_call(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return a batch as the positional and keyword arguments of a call.
+
+    Raises:
+        CalibrationError: If it is neither a tensor, a tuple, a dict, nor a pair of tuple and dict.
+    """
+    if isinstance(batch, (torch.Tensor, np.ndarray)):
+        return (torch.as_tensor(batch),), {}
+    if isinstance(batch, Mapping):
+        return (), batch
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and isinstance(batch[1], Mapping):
+            return batch[0], batch[1]
+        return batch, {}
+    raise CalibrationError(
+        "A calibration batch has a type that cannot be an input.",
+        where="calibration",
+        seen=type(batch).__name__,
+        expected="a tensor, a tuple of inputs, a dict of named inputs, or a pair (tuple, dict)",
+        next_step="turn each batch into one of these",
+    )
+
+
+def check_data(leaf: Any, where: str) -> None:
+    """Check that a tensor has elements and that they are finite.
+
+    Raises:
+        CalibrationError: If not.
+    """
+    if not isinstance(leaf, torch.Tensor):
+        return
+    if leaf.numel() == 0:
+        raise CalibrationError(
+            "A calibration batch is empty.",
+            where=where,
+            seen=f"shape {tuple(leaf.shape)}",
+            expected="at least one element",
+            next_step="drop empty batches",
+        )
+    if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        bad = int((~torch.isfinite(leaf)).sum())
+        raise CalibrationError(
+            "Calibration data holds NaN or infinity.",
+            where=where,
+            seen=f"{bad} of {leaf.numel()} values are not finite",
+            expected="finite values",
+            next_step="clean the data, or drop the batch",
+        )

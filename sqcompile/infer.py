@@ -1,0 +1,75 @@
+"""Shape and type inference: what a node's recorded value must be, derived from its operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from sqcompile.program import Program
+
+
+def fake_mode_of(program: Program) -> FakeTensorMode:
+    """Return the fake mode that the program's recorded values belong to, so that symbols are shared."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def infer_node(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """Return the value of a call, computed on fake tensors: shapes and types, no data.
+
+    Raises:
+        Exception: Whatever the operator raises on shapes or types that do not fit.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _recorded)
+    with mode, torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """Return the fake counterpart of a stored tensor: its shape, strides and type."""
+    with mode:
+        return torch.empty_strided(
+            tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+
+
+def same_type(left: Any, right: Any) -> bool:
+    """Whether two recorded values agree in structure, shape (symbols included) and dtype."""
+    left_leaves, left_spec = pytree.tree_flatten(left)
+    right_leaves, right_spec = pytree.tree_flatten(right)
+    if len(left_leaves) != len(right_leaves):
+        return False
+    return all(_same_leaf(a, b) for a, b in zip(left_leaves, right_leaves, strict=True))
+
+
+def _recorded(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _same_leaf(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) != isinstance(right, torch.Tensor):
+        return False
+    if not isinstance(left, torch.Tensor):
+        return (left is None) == (right is None)
+    if left.dtype != right.dtype or left.dim() != right.dim():
+        return False
+    return all(_same_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
+
+
+def _same_size(left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    if str(left) == str(right):
+        return True
+    # Sizes such as 2*s0 and s0*2 are equal without looking equal; ask the symbols themselves.
+    left_expr = left.node.expr if isinstance(left, torch.SymInt) else left
+    right_expr = right.node.expr if isinstance(right, torch.SymInt) else right
+    difference = left_expr - right_expr
+    return bool(getattr(difference, "expand", lambda: difference)() == 0)

@@ -1,0 +1,58 @@
+"""What a pass may use beside the program: data, seed, limits, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from sqcompile.errors import CalibrationError
+from sqcompile.progress import Progress, SilentProgress
+from sqcompile.remarks import Remark
+
+if TYPE_CHECKING:
+    from sqcompile.calibration import Calibration
+
+
+@dataclass
+class PassContext:
+    """The surroundings of one run of a pipeline.
+
+    Attributes:
+        calibration: Calibration batches, or None.
+        seed: Seed for everything random.
+        max_memory: Cap on the resident memory that a pass may use, in bytes, or None.
+        work_dir: Folder for intermediate results of long passes, or None.
+        progress: Where long work reports how far it is.
+    """
+
+    calibration: Calibration | None = None
+    seed: int = 0
+    max_memory: int | None = None
+    work_dir: Path | None = None
+    progress: Progress = field(default_factory=SilentProgress)
+    origin: str = ""
+    remarks: list[Remark] = field(default_factory=list)
+
+    def remark(self, node: fx.Node | str, reason: str) -> None:
+        """Say why a rewrite did or did not happen at a node."""
+        self.remarks.append(Remark.at(self.origin, node, reason))
+
+    def batches(self, purpose: str) -> Iterator[Sequence[Any]]:
+        """Yield calibration batches as flat inputs, reporting progress.
+
+        Raises:
+            CalibrationError: If there is no calibration data.
+        """
+        if self.calibration is None:
+            raise CalibrationError(
+                f"{self.origin or 'The pass'} needs calibration data, and there is none.",
+                where=f"pass {self.origin}",
+                seen="calibration=None",
+                expected="an iterable of batches: tensors, tuples of inputs, or dicts of named inputs",
+                next_step="pass calibration=[batch, …] to sqcompile.compile (100 to 500 samples are usual)",
+            )
+        yield from self.progress.track(self.calibration, purpose)

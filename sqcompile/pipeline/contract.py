@@ -1,0 +1,162 @@
+"""What a pass is: typed options, the levels it needs and leaves, what it keeps, and one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+import torch
+
+from sqcompile.errors import PassOptionError
+from sqcompile.levels import Level
+from sqcompile.remarks import Remark
+
+if TYPE_CHECKING:
+    from sqcompile.pipeline.context import PassContext
+    from sqcompile.program import Program
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """Which equality a pass promises between its input and its output program.
+
+    The pass manager measures it on the check batch after every run, and tests do.
+    """
+
+    kind: str
+    rtol: float = 0.0
+    atol: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def bitwise(cls) -> Keeps:
+        """Equal outputs, bit for bit."""
+        return cls("bitwise")
+
+    @classmethod
+    def close(cls, *, rtol: float, atol: float = 0.0) -> Keeps:
+        """Outputs within `atol + rtol · max|reference|`, per output tensor."""
+        return cls("close", rtol=rtol, atol=atol)
+
+    @classmethod
+    def steps(cls, count: int) -> Keeps:
+        """Outputs within `count` steps of an 8-bit grid over each output's range (max|reference| / 127)."""
+        return cls("steps", count=count)
+
+    @classmethod
+    def interface(cls) -> Keeps:
+        """Only names, shapes and types of inputs and outputs, and finite numbers."""
+        return cls("interface")
+
+    def allows(self, reference: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether `value` is what the promise says, given the output before the pass."""
+        if reference.shape != value.shape or reference.dtype != value.dtype:
+            return False
+        if self.kind == "interface" or reference.numel() == 0:
+            return True
+        if self.kind == "bitwise" or not reference.is_floating_point():
+            return bool(torch.equal(reference, value)) or bool(
+                torch.allclose(reference, value, rtol=0.0, atol=0.0, equal_nan=True)
+            )
+        regular = torch.isfinite(reference)
+        if not torch.equal(regular, torch.isfinite(value)):
+            return False
+        ref, val = reference[regular], value[regular]
+        if ref.numel() == 0:
+            return True
+        peak = float(ref.abs().max())
+        bound = self.atol + self.rtol * peak if self.kind == "close" else self.count * peak / 127
+        return float((ref - val).abs().max()) <= bound
+
+    def __str__(self) -> str:
+        if self.kind == "close":
+            return f"close (rtol {self.rtol:g}, atol {self.atol:g})"
+        return f"steps ({self.count})" if self.kind == "steps" else self.kind
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass reports.
+
+    Attributes:
+        changes: How many rewrites it did; 0 means that the program is untouched. The manager
+            compares this with a fingerprint and rejects a pass that reports the wrong thing.
+        remarks: Why rewrites did or did not fire.
+        facts: Further figures for the report, by name.
+    """
+
+    changes: int = 0
+    remarks: tuple[Remark, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+_REGISTRY: dict[str, type[Pass]] = {}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Pass(ABC):
+    """A rewrite of a whole program.
+
+    A subclass declares its options as annotated fields with defaults (it becomes a frozen,
+    keyword-only dataclass by itself), the level that it requires and produces, and what it keeps.
+    Its text name follows from the class name: `FoldBatchNorm` is `fold-batch-norm`.
+
+    A pass holds no state. It may edit the program's graph freely, through `Rewriter`; it replaces
+    tensors and never writes into them; data, seed and progress come from the context.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[Level] = Level.ATEN
+    produces: ClassVar[Level] = Level.ATEN
+    keeps: ClassVar[Keeps] = Keeps.interface()
+    changes_interface: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Applied here and not by a decorator, because a decorator gets forgotten, and then a pass
+        # silently has no options.
+        dataclass(frozen=True, kw_only=True)(cls)
+        if "name" not in cls.__dict__:
+            cls.name = text_name(cls.__name__)
+        if not getattr(cls, "__abstractmethods__", None) and "run" in dir(cls):
+            _REGISTRY.setdefault(cls.name, cls)
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Rewrite `program` in place and report what was done."""
+
+    def __str__(self) -> str:
+        from sqcompile.pipeline.text import pass_text
+
+        return pass_text(self)
+
+    @classmethod
+    def parse(cls, text: str) -> Pass:
+        """Read one pass from its text, such as `mask-weights{sparsity=0.5}`."""
+        from sqcompile.pipeline.text import parse_pass
+
+        return parse_pass(text)
+
+    def reject_option(self, option: str, expected: str) -> PassOptionError:
+        """Return the error for an option whose value is out of range."""
+        return PassOptionError(
+            f"Option '{option}' of {self.name} has a value that it cannot take.",
+            where=f"pass {self.name}",
+            seen=f"{option}={getattr(self, option)!r}",
+            expected=expected,
+            next_step=f"see the options with: sqcompile passes {self.name}",
+        )
+
+
+def text_name(class_name: str) -> str:
+    """Return the text form of a class name: `FoldQDQ` is `fold-qdq`."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", class_name)
+    return spaced.lower()
+
+
+def option_fields(kind: type[Pass]) -> tuple[dataclasses.Field[Any], ...]:
+    """Return the options of a pass class."""
+    return dataclasses.fields(kind)  # type: ignore[arg-type]

@@ -1,0 +1,285 @@
+"""Pipelines as text: `fold-batch-norm,mask-weights{sparsity=0.5,layers=[layer1.*,fc]}` and back.
+
+The grammar, which recipes, the command line and logs share:
+
+    pipeline = pass ("," pass)*
+    pass     = name [ "{" option ("," option)* "}" ]
+    option   = name "=" value
+    value    = "[" value ("," value)* "]"            a list
+             | "{" key ":" value ("," …)* "}"        a table, by pattern
+             | '"' … '"' | number | true | false | none | bare text
+
+Options are written with dashes and stand for fields with underscores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqcompile.errors import Error, PassOptionError, RecipeError, did_you_mean
+from sqcompile.pipeline.contract import _REGISTRY, Pass, option_fields
+
+
+def registry() -> dict[str, type[Pass]]:
+    """Return every known pass class by its text name, ours and those that users have defined."""
+    importlib.import_module("sqcompile.passes")
+    return dict(sorted(_REGISTRY.items()))
+
+
+def find_pass(name: str) -> type[Pass]:
+    """Return the class of a pass by its text name (underscores and class names are understood).
+
+    Raises:
+        RecipeError: If there is none, with the nearest names.
+    """
+    known = registry()
+    key = name.strip().replace("_", "-")
+    if key in known:
+        return known[key]
+    for kind in known.values():
+        if kind.__name__ == name.strip():
+            return kind
+    raise RecipeError(
+        f"There is no pass '{name.strip()}'.",
+        seen=name.strip(),
+        next_step=did_you_mean(key, known) + " `sqcompile passes` lists all",
+    )
+
+
+def pass_text(item: Pass) -> str:
+    """Return a pass as text; options at their defaults are left out."""
+    shown = []
+    for option in option_fields(type(item)):
+        value = getattr(item, option.name)
+        if value == _default(option):
+            continue
+        shown.append(f"{option.name.replace('_', '-')}={value_text(value)}")
+    return item.name + (f"{{{','.join(shown)}}}" if shown else "")
+
+
+def pipeline_text(passes: Iterable[Pass]) -> str:
+    """Return a pipeline as text."""
+    return ",".join(pass_text(item) for item in passes)
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """Read a pipeline from text.
+
+    Raises:
+        RecipeError: On a syntax error or an unknown pass.
+        PassOptionError: On an unknown option or a value of the wrong type.
+    """
+    return [parse_pass(part) for part in _split(text, ",") if part.strip()]
+
+
+def parse_pass(text: str) -> Pass:
+    """Read one pass from text."""
+    text = text.strip()
+    name, brace, rest = text.partition("{")
+    if brace and not rest.endswith("}"):
+        raise RecipeError(f"'{text}' lacks the closing brace.", seen=text, expected="name{option=value}")
+    options: dict[str, Any] = {}
+    for part in _split(rest[:-1], ",") if brace else []:
+        if not part.strip():
+            continue
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise RecipeError(
+                f"'{part.strip()}' is no option.", seen=text, expected="option=value", next_step="add '=value'"
+            )
+        options[key.strip()] = parse_value(value.strip())
+    return make_pass(name, options)
+
+
+def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
+    """Build a pass from its name and plain option values, as recipes give them.
+
+    Raises:
+        RecipeError: If there is no such pass.
+        PassOptionError: If it has no such option, or the value does not fit.
+    """
+    kind = find_pass(name)
+    hints = typing.get_type_hints(kind)
+    fields = {option.name: option for option in option_fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        field = key.replace("-", "_")
+        if field not in fields:
+            raise PassOptionError(
+                f"Pass {kind.name} has no option '{key}'.",
+                where=f"pass {kind.name}",
+                seen=key,
+                expected=", ".join(name.replace("_", "-") for name in fields) or "no options",
+                next_step=did_you_mean(key, [name.replace("_", "-") for name in fields]),
+            )
+        try:
+            values[field] = coerce(value, hints[field])
+        except Error:
+            raise
+        except (TypeError, ValueError) as error:
+            raise PassOptionError(
+                f"Option '{key}' of {kind.name} cannot take this value.",
+                where=f"pass {kind.name}",
+                seen=f"{key}={value!r} ({error})",
+                expected=type_text(hints[field]),
+                next_step=f"see the options with: sqcompile passes {kind.name}",
+            ) from error
+    return kind(**values)
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """Turn a plain value (text, number, list, dict) into the type of an option.
+
+    Raises:
+        TypeError: If it does not fit.
+        ValueError: If it does not fit.
+    """
+    if hint is Any:
+        return value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in sorted(arguments, key=lambda kind: kind is str):  # text last: everything is text
+            if option is type(None):
+                if value is None:
+                    return None
+                continue
+            try:
+                return coerce(value, option)
+            except (TypeError, ValueError, Error):
+                continue
+        raise TypeError(f"{value!r} fits none of {type_text(hint)}")
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise ValueError(did_you_mean(str(value), [str(item) for item in arguments]))
+    if origin is tuple:
+        return _coerce_tuple(value, arguments)
+    if isinstance(hint, type):
+        return _coerce_type(value, hint)
+    raise TypeError(f"options of type {hint} cannot be read from text")
+
+
+def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    elif not isinstance(value, (list, tuple)):
+        value = [value]
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(coerce(item, arguments[0]) for item in value)
+    if len(value) != len(arguments):
+        raise ValueError(f"{len(arguments)} values are needed")
+    return tuple(coerce(item, kind) for item, kind in zip(value, arguments, strict=True))
+
+
+def _coerce_type(value: Any, hint: type) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and hasattr(hint, "parse"):
+        return hint.parse(value)
+    raise TypeError(f"{type(value).__name__} is not {hint.__name__}")
+
+
+def value_text(value: Any) -> str:
+    """Return an option's value as text that `parse_value` reads back."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+            return "{" + ",".join(f"{value_text(k)}:{value_text(v)}" for k, v in value) + "}"
+        return "[" + ",".join(value_text(item) for item in value) + "]"
+    text = str(value)
+    if isinstance(value, str) and (parse_value(text) != text or any(c in text for c in ",{}[]=\"")):
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return text
+
+
+def parse_value(text: str) -> Any:
+    """Read one value: list, table, quoted text, number, true, false, none or bare text."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [parse_value(part) for part in _split(text[1:-1], ",") if part.strip()]
+    if text.startswith("{") and text.endswith("}"):
+        table = {}
+        for part in _split(text[1:-1], ","):
+            key, colon, value = _partition_key(part)
+            if not colon:
+                raise RecipeError(f"'{part}' is no entry of a table.", seen=text, expected="{key:value,…}")
+            table[str(parse_value(key))] = parse_value(value)
+        return table
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    if text in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def type_text(hint: Any) -> str:
+    """Return a type as users read it: `float`, `int or none`, `list of str`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_text(item) for item in arguments)
+    if origin is typing.Literal:
+        return " or ".join(str(item) for item in arguments)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"list of {type_text(arguments[0])}"
+        return "(" + ", ".join(type_text(item) for item in arguments) + ")"
+    if hint is type(None):
+        return "none"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    if option.default is not dataclasses.MISSING:
+        return option.default
+    if option.default_factory is not dataclasses.MISSING:
+        return option.default_factory()
+    return dataclasses.MISSING
+
+
+def _partition_key(part: str) -> tuple[str, str, str]:
+    if not part.strip().startswith('"'):
+        return part.partition(":")
+    stripped = part.strip()
+    end = stripped.index('"', 1)
+    rest = stripped[end + 1 :].lstrip()
+    return stripped[: end + 1], rest[:1], rest[1:]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators that stand outside brackets, braces and quotes."""
+    parts, depth, start, quoted = [], 0, 0, False
+    for index, character in enumerate(text):
+        if character == '"' and (index == 0 or text[index - 1] != "\\"):
+            quoted = not quoted
+        elif quoted:
+            continue
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+            if depth < 0:
+                raise RecipeError(f"'{text}' closes a bracket that was never opened.", seen=text)
+        elif character == separator and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+    if depth or quoted:
+        raise RecipeError(f"'{text}' leaves a bracket or quote open.", seen=text, next_step="close it")
+    parts.append(text[start:])
+    return parts

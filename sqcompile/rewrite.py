@@ -1,0 +1,172 @@
+"""How passes edit a program: new nodes get their recorded value, their origin and their source line.
+
+    edit = Rewriter(program)
+    with edit.before(node):
+        codes = edit.call(torch.ops.sqcompile.quantize.default, x, scale, zero, None, None, 0, 255, like=x)
+    edit.replace(node, codes)
+    edit.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from sqcompile.infer import fake_mode_of, fake_tensor, infer_node
+from sqcompile.program import Program
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
+
+
+class Rewriter:
+    """Edits one program's graph and keeps its metadata right.
+
+    Args:
+        program: The program to edit; only its graph and its table of tensors change.
+        origin: Name of the pass; recorded on every new node.
+    """
+
+    def __init__(self, program: Program, origin: str = "") -> None:
+        self.program = program
+        self.graph = program.graph
+        self.origin = origin
+        self.changes = 0
+        self._mode = fake_mode_of(program)
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert what is called inside before `node`."""
+        with self.graph.inserting_before(node):
+            yield
+
+    @contextmanager
+    def after(self, node: fx.Node) -> Iterator[None]:
+        """Insert what is called inside after `node`, in the order of the calls."""
+        following = node.next
+        with self.graph.inserting_before(following):
+            yield
+
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Insert a call of an operator, with its value inferred.
+
+        Args:
+            target: The operator, such as `torch.ops.aten.relu.default`.
+            *args: Its arguments; nodes and plain values.
+            like: The node it stands for: source line and module path are taken from it.
+            **kwargs: Its keyword arguments.
+        """
+        node = self.graph.call_function(target, args, kwargs)
+        self.describe(node, like)
+        node.meta["val"] = infer_node(node, self._mode)
+        self.changes += 1
+        return node
+
+    def constant(self, name: str, tensor: torch.Tensor, like: fx.Node | None = None) -> fx.Node:
+        """Add a tensor under `name` (or the next free name) and return the node that reads it."""
+        name = self.program.free_name(name)
+        self.program.set_tensor(name, tensor)
+        return self.read(name, like)
+
+    def read(self, name: str, like: fx.Node | None = None) -> fx.Node:
+        """Return the node that reads a stored tensor; the program has one a tensor."""
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+            if node.op not in ("get_attr", "placeholder"):
+                break
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.graph.get_attr(name)
+        self.describe(node, like)
+        node.meta["val"] = fake_tensor(self.program.tensor(name), self._mode)
+        self.changes += 1
+        return node
+
+    def replace_tensor(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """Give a `get_attr` node a new tensor under the same name; all its users see it."""
+        self.program.set_tensor(str(node.target), tensor)
+        for reader in self.graph.nodes:
+            if reader.op == "get_attr" and reader.target == node.target:
+                reader.meta["val"] = fake_tensor(tensor, self._mode)
+        self.changes += 1
+
+    def replace(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> None:
+        """Let the users of `old` (all, or those that `only` admits) use `new` instead."""
+        old.replace_all_uses_with(new, delete_user_cb=only or (lambda user: user is not new))
+        self.changes += 1
+
+    def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
+        """Replace one positional argument and infer the node's value again."""
+        arguments = list(node.args)
+        arguments[index] = value
+        node.args = tuple(arguments)
+        self.infer(node)
+        self.changes += 1
+
+    def infer(self, node: fx.Node) -> None:
+        """Record the node's value anew, after its arguments changed."""
+        node.meta["val"] = infer_node(node, self._mode)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that has no users."""
+        self.graph.erase_node(node)
+        self.changes += 1
+
+    def describe(self, node: fx.Node, like: fx.Node | None) -> None:
+        """Copy source line and module path, and record which pass made the node."""
+        if like is not None:
+            for key in _KEPT_META:
+                if key in like.meta:
+                    node.meta[key] = like.meta[key]
+        if self.origin:
+            node.meta["origin"] = self.origin
+
+    def finish(self) -> int:
+        """Remove dead nodes and unused tensors, make the program callable again, return the changes."""
+        self.changes += remove_dead_nodes(self.program)
+        self.program.recompile()
+        return self.changes
+
+
+def remove_dead_nodes(program: Program) -> int:
+    """Remove calls and tensor reads that nothing uses, and the tensors that nothing reads.
+
+    Placeholders stay: they are the interface. Operators with side effects stay.
+
+    Returns:
+        How many nodes were removed.
+    """
+    removed = 0
+    for node in reversed(list(program.graph.nodes)):
+        if node.users or node.op in ("placeholder", "output") or has_side_effect(node):
+            continue
+        program.graph.erase_node(node)
+        removed += 1
+    delete_unused_tensors(program)
+    return removed
+
+
+def has_side_effect(node: fx.Node) -> bool:
+    """Whether a node does something beside making its value: writes into a tensor, or asserts.
+
+    Unlike `Node.is_impure`, random operators do not count: a dead dropout may go.
+    """
+    if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable:
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and node.is_impure()
+    return node.is_impure()
+
+
+def delete_unused_tensors(program: Program) -> None:
+    """Drop parameters and buffers that no node reads, so that they are neither kept nor saved."""
+    used = {str(node.target) for node in program.graph.nodes if node.op in ("get_attr", "call_module")}
+    module = program.graph_module
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    for name in names:
+        parts = name.split(".")
+        if not any(".".join(parts[:count]) in used for count in range(1, len(parts) + 1)):
+            program.delete_tensor(name)

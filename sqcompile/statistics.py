@@ -1,0 +1,112 @@
+"""What a program weighs: parameters, zeros, bits, bytes — in total and by layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sqcompile.evaluate import constant_value
+from sqcompile.layers import Layer, layers_of
+from sqcompile.operators.table import argument
+from sqcompile.program import Program
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a program's stored tensors.
+
+    Attributes:
+        parameters: Number of weights and other floating-point or code elements.
+        zeros: How many of the layers' weights are zero once masks are applied.
+        weights: Number of the layers' weights (each stored tensor once).
+        size_bytes: Bytes at the declared bits: 4-bit codes count half a byte, masks one bit.
+    """
+
+    parameters: int
+    zeros: int
+    weights: int
+    size_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the layers' weights that are zero."""
+        return self.zeros / self.weights if self.weights else 0.0
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Average bits a parameter, scales and zero points included."""
+        return 8 * self.size_bytes / self.parameters if self.parameters else 0.0
+
+
+def program_size(program: Program) -> Size:
+    """Measure a program's stored tensors."""
+    bits = stored_bits(program)
+    layers = {layer.weight_name: layer for layer in layers_of(program)}
+    auxiliary = _auxiliary(program)
+    parameters = zeros = weights = total_bits = 0
+    for name, tensor in program.tensors():
+        total_bits += math.ceil(tensor.numel() * bits.get(name, _bits(tensor)) / 8) * 8
+        if name not in auxiliary:
+            parameters += tensor.numel()
+        if name in layers:
+            weights += tensor.numel()
+            zeros += weight_zeros(program, layers[name])
+    return Size(parameters, zeros, weights, total_bits // 8)
+
+
+def stored_bits(program: Program) -> dict[str, float]:
+    """Return the declared bits of an element, by name, of every stored tensor of codes and masks."""
+    bits: dict[str, float] = {}
+    for node in program.compute_nodes():
+        name = _operator(node)
+        source = node.args[0] if node.args else None
+        if name == "dequantize" and isinstance(source, fx.Node) and source.op == "get_attr":
+            qmin, qmax = argument(node, 5), argument(node, 6)
+            assert isinstance(qmin, int) and isinstance(qmax, int)
+            bits[str(source.target)] = (qmax - qmin).bit_length()
+        elif name == "mask" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+            bits[str(node.args[1].target)] = 1
+    return bits
+
+
+def weight_zeros(program: Program, layer: Layer) -> int:
+    """Count the zeros of a layer's weight as the operator sees it: masked, dequantized."""
+    stored = program.tensor(layer.weight)
+    value = layer.weight_value
+    if value is layer.weight:
+        return stored.numel() - int(torch.count_nonzero(stored))
+    if _operator(value) == "dequantize" and value.args[0] is layer.weight:
+        zero = value.args[2]
+        if isinstance(zero, fx.Node) and zero.op == "get_attr" and not bool(program.tensor(zero).any()):
+            return stored.numel() - int(torch.count_nonzero(stored))
+    full = constant_value(program, value)
+    return 0 if full is None else full.numel() - int(torch.count_nonzero(full))
+
+
+def _auxiliary(program: Program) -> set[str]:
+    """Names of tensors that serve others: masks, scales, zero points."""
+    found: set[str] = set()
+    for node in program.compute_nodes():
+        name = _operator(node)
+        if name in ("quantize", "dequantize", "fake_quantize"):
+            served = node.args[1:3]
+        elif name == "mask":
+            served = node.args[1:2]
+        else:
+            continue
+        found |= {str(item.target) for item in served if isinstance(item, fx.Node) and item.op == "get_attr"}
+    return found
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "sqcompile":
+        return target._schema.name.removeprefix("sqcompile::")
+    return ""
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    return 1 if tensor.dtype == torch.bool else 8 * tensor.element_size()

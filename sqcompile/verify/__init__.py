@@ -1,0 +1,6 @@
+"""What must hold of every program after every pass."""
+
+from sqcompile.verify.invariants import check_quantization, check_sparsity
+from sqcompile.verify.structure import check_interface, check_level, check_structure
+
+__all__ = ["check_interface", "check_level", "check_quantization", "check_sparsity", "check_structure"]
