@@ -25,7 +25,7 @@ SHELL := /bin/bash
 .PHONY: help venv demo test lint format types wheel-check clean
 
 help:
-	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 # --- environment -------------------------------------------------------------------------------------
 
