@@ -13,7 +13,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Test processes. Each holds a PyTorch and its models: about 1.5 GB.
+# Test processes. Each holds a PyTorch and its models in memory, so not one for every core.
 JOBS ?= 2
 ARGS ?=
 
