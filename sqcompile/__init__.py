@@ -6,16 +6,24 @@
     compiled.save("model.onnx")
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
+from sqcompile.api import Compiled, compile, load
 from sqcompile.errors import Error
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.remarks import Remark
+from sqcompile.report import Report
 from sqcompile.tracing import trace
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("sqcompile")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [
+    "Compiled",
     "Error",
     "Keeps",
     "Level",
@@ -24,5 +32,8 @@ __all__ = [
     "PassResult",
     "Program",
     "Remark",
+    "Report",
+    "compile",
+    "load",
     "trace",
 ]

@@ -39,6 +39,14 @@ class Session(ABC):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs (`Signature.bind`) and return flat outputs as torch tensors."""
 
+    def profile(self, inputs: Sequence[Any], *, runs: int = 10) -> dict[str, float]:
+        """Return the median time of every layer, in ns, by the name of the program's node.
+
+        What the runtime adds around a layer to feed it (quantizing its data, say) counts to the layer.
+        Backends that cannot tell return nothing.
+        """
+        return {}
+
 
 class Artifact(ABC):
     """A lowered program, in memory or in files of ours, ready to be saved or loaded.

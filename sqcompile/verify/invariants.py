@@ -11,6 +11,7 @@ from sqcompile.fingerprint import tensor_identity
 from sqcompile.layers import layers_of
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
+from sqcompile.quantization.format import scale_shape
 from sqcompile.text import locate
 
 _INT32_MAX = 2**31 - 1
@@ -141,19 +142,12 @@ def _check_scales(program: Program, node: fx.Node) -> None:
 
 
 def _scale_shape(value: object, axis: object, group: object) -> tuple[int, ...] | None:
-    if axis is None:
-        return ()
+    """Return the shape that a stored scale must have, or None where a symbolic size decides."""
     recorded = value.meta.get("val") if isinstance(value, fx.Node) else None
-    if recorded is None or not isinstance(axis, int):
+    if recorded is None:
         return None
-    shape = list(recorded.shape)
-    if group is None:
-        size = shape[axis]
-        return (size,) if isinstance(size, int) else None
-    assert isinstance(group, int)
-    size = shape[axis]
-    shape[axis] = 1 if group < 0 else -(-size // group)
-    return tuple(shape) if all(isinstance(item, int) for item in shape) else None
+    shape = scale_shape(recorded.shape, axis, group)  # type: ignore[arg-type]
+    return shape if all(isinstance(size, int) for size in shape) else None
 
 
 def _is(node: object, *names: str) -> bool:

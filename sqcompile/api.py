@@ -1,0 +1,421 @@
+"""`compile` and `load`: the whole compiler, one named step a line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
+from sqcompile.calibration import Calibration, as_call
+from sqcompile.compare import compare_layers
+from sqcompile.errors import BackendError, FileError, InputError, RecipeError
+from sqcompile.files import require_file
+from sqcompile.measure import measure_latency
+from sqcompile.metrics import Distance, output_distance
+from sqcompile.models import folder_dynamic_shapes, load_model, model_name
+from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, parse_pipeline
+from sqcompile.pipeline.manager import Verify
+from sqcompile.program import Program
+from sqcompile.progress import Progress, SilentProgress
+from sqcompile.report import Report, environment, layer_rows
+from sqcompile.saving import SUFFIXES, save_compiled
+from sqcompile.signature import Signature
+from sqcompile.statistics import Size, program_size
+from sqcompile.tracing import trace
+from sqcompile.tracing.export import Inputs, normalize_inputs
+
+Model = nn.Module | ExportedProgram | fx.GraphModule | Program | str | Path
+
+
+class Compiled:
+    """A compiled model: called as the model is, it returns what the model returns.
+
+    Attributes:
+        program: The compiled program, an FX graph underneath.
+        original: The program as it was traced.
+        report: What every pass did, what every layer became, and what it cost.
+        artifact: The lowered program.
+        session: The loaded artifact.
+    """
+
+    def __init__(
+        self, program: Program, original: Program, backend: Backend, artifact: Artifact, session: Session, report: Report
+    ) -> None:
+        self.program = program
+        self.original = original
+        self.backend = backend
+        self.artifact = artifact
+        self.session = session
+        self.report = report
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled model.
+
+        Raises:
+            InputError: If the inputs do not fit.
+        """
+        return self.session(*args, **kwargs)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the compiled model.
+
+        Args:
+            path: A file, by suffix: `.onnx` (ONNX Runtime), `.pt2` (the program, for PyTorch); a path
+                without suffix is a folder, which for language models also gets tokenizer and config.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            FileError: If it cannot be written, or the suffix is unknown.
+        """
+        return save_compiled(self, Path(path))
+
+    def measure(self, *args: Any, runs: int = 30, threads: int | None = None, **kwargs: Any) -> Report:
+        """Measure latency, dense against compiled, and add it to the report.
+
+        The dense model is lowered to the same backend, and both are called in turns on this machine.
+
+        Args:
+            *args: Inputs of one call; without any, those of the check batch.
+            runs: Calls of each.
+            threads: Threads within an operator; None: as many as PyTorch uses.
+            **kwargs: Keyword inputs.
+        """
+        inputs = self.program.signature.bind(args, kwargs) if args or kwargs else self._check_batch
+        return measure_latency(self, inputs, runs=runs, threads=threads)
+
+    _check_batch: Sequence[Any] = ()
+    source: str | Path | None = None
+
+
+class LazyCompiled:
+    """A model that is traced and compiled at its first call, with that call's inputs."""
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        self._model = model
+        self._options = dict(options)
+        self._compiled: Compiled | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile at the first call, and run."""
+        if self._compiled is None:
+            self._compiled = compile(self._model, example_inputs=(args, kwargs), **self._options)
+        return self._compiled(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._compiled is None:
+            raise InputError(
+                f"'{name}' is not known yet: the model has not been compiled.",
+                seen="no example inputs, no calibration data, and no call yet",
+                expected="one call, or example inputs",
+                next_step="call the compiled model once, or pass example_inputs to sqcompile.compile",
+            )
+        return getattr(self._compiled, name)
+
+
+def compile(  # noqa: A001 - the public name, as in torch.compile
+    model: Model,
+    passes: Sequence[Pass | str] | str | Path = (),
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    dynamic_shapes: Any = None,
+    backend: str = "auto",
+    *,
+    seed: int = 0,
+    max_memory: int | str | None = None,
+    work_dir: str | Path | None = None,
+    verify: Verify = "each",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Compiled | LazyCompiled:
+    """Compile a model: trace it, run passes over it, check every one, and lower it to a backend.
+
+    Args:
+        model: A module, an exported program, an FX graph module, a program, the folder of a Hugging
+            Face model, or a `.pt2` file. It is not modified.
+        passes: Passes in order: objects, or their text; a whole pipeline as one text; or the path of a
+            recipe (`.yaml`).
+        example_inputs: A tuple (positional), a dict (keyword), a pair (tuple, dict), or one tensor.
+            Without any, the first calibration batch is taken, else `model.dummy_inputs`; else the model
+            is compiled at its first call.
+        calibration: Batches, each in one of these forms too.
+        dynamic_shapes: As `torch.export.export` takes it. Folders of Hugging Face models get a dynamic
+            batch and sequence by themselves.
+        backend: `auto`, `onnxruntime` or `reference`.
+        seed: Seed of everything random.
+        max_memory: Cap on resident memory for passes that can obey one: bytes, or text such as `8GB`.
+        work_dir: Folder for intermediate results, and for dumps when a pass fails.
+        verify: `each` (check structure and numbers after every pass), `ends`, or `off`.
+        threads: Threads within an operator of the session.
+        progress: Where long work reports; silent by default.
+
+    Returns:
+        The compiled model.
+
+    Raises:
+        Error: Whatever is wrong, with what, where, seen and expected, and the next step.
+    """
+    options = {
+        "passes": passes,
+        "calibration": calibration,
+        "dynamic_shapes": dynamic_shapes,
+        "backend": backend,
+        "seed": seed,
+        "max_memory": max_memory,
+        "work_dir": work_dir,
+        "verify": verify,
+        "threads": threads,
+        "progress": progress,
+    }
+    clock = _Clock()
+    progress = progress or SilentProgress()
+    pipeline = resolve_passes(passes)
+    target = None if backend == "auto" else get_backend(backend)
+    loaded = load_model(model)
+    batches = _readable(calibration)
+    inputs = find_inputs(loaded, example_inputs, batches)
+    if inputs is None:
+        assert isinstance(loaded, nn.Module)
+        return LazyCompiled(loaded, options)
+    if dynamic_shapes is None and isinstance(model, (str, Path)) and isinstance(loaded, nn.Module):
+        dynamic_shapes = folder_dynamic_shapes(loaded, inputs)
+    progress.note(f"tracing {model_name(loaded)}")
+    with clock.stage("trace"):
+        program = trace_any(loaded, inputs, dynamic_shapes)
+    original = program.snapshot()
+    data = None if batches is None else Calibration(batches, program.signature)
+    check_batch = _check_batch(program.signature, inputs, data)
+    context = PassContext(
+        calibration=data,
+        seed=seed,
+        max_memory=parse_bytes(max_memory),
+        work_dir=None if work_dir is None else Path(work_dir),
+        progress=progress,
+    )
+    manager = PassManager(pipeline, check_batches=check_batch, verify=verify, dump_dir=context.work_dir)
+    with clock.stage("passes"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        records = manager.run(program, context)
+    if target is None:
+        target, reason = choose_backend(program)
+    else:
+        reason = "asked for"
+    progress.note(f"lowering to {target.name}")
+    with clock.stage("lower"):
+        artifact = target.lower(program)
+    with clock.stage("load"):
+        session = target.load(artifact, threads=threads)
+    with clock.stage("check"):
+        report = _report(
+            model_name(loaded), program, original, target, reason, artifact, session, records, check_batch, verify
+        )
+    report.seconds = clock.seconds
+    compiled = Compiled(program, original, target, artifact, session, report)
+    compiled._check_batch = check_batch[0] if check_batch else ()
+    compiled.source = model if isinstance(model, (str, Path)) else None
+    return compiled
+
+
+def load(path: str | Path, threads: int | None = None) -> Session:
+    """Load a saved artifact as a callable session.
+
+    Args:
+        path: A file that `save` wrote (`.onnx`, `.pt2`), or the folder that holds it.
+        threads: Threads within an operator; None leaves the choice to the runtime.
+
+    Raises:
+        FileError: If there is no such file, or it is damaged or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.onnx"
+    require_file(path, "artifact")
+    if path.suffix not in SUFFIXES:
+        raise FileError(
+            f"'{path}' is no artifact of sqcompile.",
+            where=str(path),
+            seen=f"suffix '{path.suffix}'",
+            expected=" or ".join(SUFFIXES),
+            next_step="pass the file that compiled.save wrote",
+        )
+    return get_backend(SUFFIXES[path.suffix]).load(path, threads=threads)
+
+
+def resolve_passes(passes: Sequence[Pass | str] | str | Path) -> list[Pass]:
+    """Return passes as objects, from objects, texts, a pipeline's text, or the path of a recipe.
+
+    Raises:
+        RecipeError: If a text names no pass, or a recipe is wrong.
+    """
+    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith((".yaml", ".yml"))):
+        from sqcompile.recipe import Recipe
+
+        return list(Recipe.load(Path(passes)).passes)
+    if isinstance(passes, str):
+        return parse_pipeline(passes)
+    found: list[Pass] = []
+    for item in passes:
+        if isinstance(item, Pass):
+            found.append(item)
+        elif isinstance(item, str):
+            found += parse_pipeline(item)
+        elif isinstance(item, (list, tuple)):
+            found += resolve_passes(item)
+        else:
+            raise RecipeError(
+                "Passes are objects or texts.",
+                seen=f"{item!r}" if not isinstance(item, type) else f"the class {item.__name__}",
+                expected="a Pass object, such as FoldBatchNorm(), or its text",
+                next_step="add the parentheses" if isinstance(item, type) else "pass a Pass object",
+            )
+    return found
+
+
+def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] | None) -> Inputs | None:
+    """Return the inputs to trace with, or None if a call must bring them.
+
+    The order is: what was given, the first calibration batch, `model.dummy_inputs`.
+    """
+    if example_inputs is not None:
+        return normalize_inputs(example_inputs)
+    if isinstance(model, (Program, ExportedProgram)):
+        return (), {}
+    if calibration is not None:
+        for batch in calibration:
+            args, kwargs = as_call(batch)
+            return tuple(args), dict(kwargs)
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, (Mapping, tuple, list, torch.Tensor)):
+        return normalize_inputs(dummy)
+    return None
+
+
+def trace_any(model: Any, inputs: Inputs, dynamic_shapes: Any) -> Program:
+    """Trace a module; take programs and exported programs as they are."""
+    if isinstance(model, (Program, ExportedProgram)):
+        return trace(model)
+    return trace(model, inputs, dynamic_shapes=dynamic_shapes)
+
+
+def choose_backend(program: Program) -> tuple[Backend, str]:
+    """Return the first backend that can run the whole program, and the reason for the choice."""
+    reasons = []
+    for name in ("onnxruntime", "reference"):
+        try:
+            backend = get_backend(name)
+        except BackendError as error:
+            reasons.append(f"{name} is not available ({error.seen})")
+            continue
+        found = backend.unsupported(program)
+        if not found:
+            reasons.append(f"{name} runs every operator")
+            return backend, "; ".join(reasons)
+        node, reason = found[0]
+        reasons.append(f"{name} cannot run {len(found)} operators, first %{node.name}: {reason}")
+    raise BackendError("No backend can run the program.", seen="; ".join(reasons), expected=", ".join(backend_names()))
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Return a size in bytes from a number or a text such as `8GB` (10⁹) or `512MiB` (2²⁰).
+
+    Raises:
+        InputError: If the text is no size.
+    """
+    if size is None or isinstance(size, int):
+        return size
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = size.strip().rstrip("BbKkMmGgIi")
+    unit = size.strip()[len(number) :].upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise InputError(
+            f"'{size}' is no size.", seen=size, expected="a number of bytes, or text such as 8GB or 512MiB"
+        ) from None
+
+
+def _readable(calibration: Iterable[Any] | None) -> Any:
+    """Make an iterator readable twice: once for example inputs, once for calibration."""
+    if calibration is None or isinstance(calibration, (torch.Tensor, Mapping)):
+        return calibration
+    try:
+        return list(calibration) if iter(calibration) is calibration else calibration
+    except TypeError:
+        return calibration
+
+
+def _check_batch(signature: Signature, inputs: Inputs, data: Calibration | None) -> list[list[Any]]:
+    """The batch on which numbers are checked: calibration data if there is some, else the example inputs."""
+    if data is not None:
+        return [data.first()]
+    if not inputs[0] and not inputs[1]:
+        return []
+    return [signature.bind(*inputs)]
+
+
+def _report(
+    name: str,
+    program: Program,
+    original: Program,
+    backend: Backend,
+    reason: str,
+    artifact: Artifact,
+    session: Session,
+    records: list[PassRecord],
+    check_batch: list[list[Any]],
+    verify: Verify,
+) -> Report:
+    outputs: Distance | None = None
+    parity: Distance | None = None
+    layers: dict[str, Distance] = {}
+    if check_batch and verify != "off":
+        with torch.no_grad():
+            reference = [program.run(batch) for batch in check_batch]
+            expected = [original.run(batch) for batch in check_batch]
+        outputs = output_distance(expected, reference)
+        parity = output_distance(reference, [session.run(batch) for batch in check_batch])
+        if records:
+            layers = {row.node: row.distance for row in compare_layers(original, program, check_batch)}
+    original_size: Size = program_size(original)
+    return Report(
+        model=name,
+        backend=backend.name,
+        backend_reason=reason,
+        original=original_size,
+        size=program_size(program),
+        file_bytes=artifact.size_bytes,
+        passes=records,
+        layers=layer_rows(program, layers),
+        output_distance=outputs,
+        backend_distance=parity,
+        notes=list(artifact.notes),
+        environment=environment(),
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def stage(self, name: str) -> Any:
+        return _Stage(self, name)
+
+
+class _Stage:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.seconds[self.name] = time.perf_counter() - self.started

@@ -1,0 +1,75 @@
+"""Measuring latency: dense against compiled, in one run, alternating, on this machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqcompile.errors import InputError
+from sqcompile.report import Latency, Report
+
+if TYPE_CHECKING:
+    from sqcompile.api import Compiled
+
+
+def measure_latency(
+    compiled: Compiled, inputs: Sequence[Any], *, runs: int, threads: int | None
+) -> Report:
+    """Measure a compiled model against the dense one in the same backend, and fill in its report.
+
+    Args:
+        compiled: The compiled model.
+        inputs: Flat inputs of one call.
+        runs: Calls of each.
+        threads: Threads within an operator; None: as many as PyTorch uses.
+
+    Returns:
+        The report, with latency, file size of the dense model and the times of the layers.
+
+    Raises:
+        InputError: If there are no inputs to measure with.
+    """
+    if not inputs:
+        raise InputError(
+            "There are no inputs to measure with.",
+            next_step="pass the inputs of one call to measure(), or example_inputs to compile()",
+        )
+    report = compiled.report
+    threads = threads or torch.get_num_threads()
+    dense = compiled.backend.lower(compiled.original)
+    dense_session = compiled.backend.load(dense, threads=threads)
+    session = compiled.backend.load(compiled.artifact, threads=threads)
+    dense_ns, compiled_ns = alternate(
+        lambda: dense_session.run(inputs), lambda: session.run(inputs), runs=runs
+    )
+    report.latency = Latency(statistics.median(dense_ns), statistics.median(compiled_ns), runs, threads)
+    report.dense_file_bytes = dense.size_bytes
+    dense_times = dense_session.profile(inputs)
+    compiled_times = session.profile(inputs)
+    for row in report.layers:
+        row.dense_ns = dense_times.get(row.node)
+        row.compiled_ns = compiled_times.get(row.node)
+    return report
+
+
+def alternate(
+    first: Callable[[], Any], second: Callable[[], Any], *, runs: int, warmup: int = 3
+) -> tuple[list[float], list[float]]:
+    """Call two functions in turns and return the times of each, in ns.
+
+    Alternation lets a drift of the machine's speed meet both alike.
+    """
+    for _ in range(warmup):
+        first()
+        second()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(runs):
+        for function, kept in zip((first, second), times, strict=True):
+            started = time.perf_counter_ns()
+            function()
+            kept.append(float(time.perf_counter_ns() - started))
+    return times

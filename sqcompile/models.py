@@ -1,0 +1,169 @@
+"""Finding the model: folders of Hugging Face, `.pt2` files, and `module.py:factory` names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from sqcompile.errors import FileError, TraceError, did_you_mean
+from sqcompile.files import require_file
+from sqcompile.program import Program
+
+
+def load_model(model: Any) -> Any:
+    """Return a model that can be traced: paths are loaded, everything else is returned as it is.
+
+    Args:
+        model: A module or program; or the path of a Hugging Face folder or of a `.pt2` file; or
+            `module.py:factory` (or `package.module:factory`), a callable that returns a module.
+
+    Raises:
+        FileError: If the path leads to no model.
+        TraceError: If the model is in training mode, or is nothing that can be traced.
+    """
+    if isinstance(model, (str, Path)):
+        model = _load_path(model)
+    if isinstance(model, (Program, ExportedProgram)):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TraceError(
+            "The model cannot be traced.",
+            seen=type(model).__name__,
+            expected="a torch.nn.Module, ExportedProgram, GraphModule, a Hugging Face folder or a .pt2 file",
+            next_step="wrap the function in an nn.Module",
+        )
+    if model.training and any(_acts_in_training(module) for module in model.modules()):
+        raise TraceError(
+            "The model is in training mode.",
+            where=type(model).__name__,
+            seen="model.training is True, and it has dropout or batch norm",
+            expected="a model in eval mode",
+            next_step="call model.eval() first",
+        )
+    return model
+
+
+def model_name(model: Any) -> str:
+    """Return the name of a model's class, for people."""
+    return type(model).__name__
+
+
+def folder_dynamic_shapes(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Return a dynamic batch and sequence for the inputs of a Hugging Face model.
+
+    Integer and boolean inputs [N, T] get both; other tensors get a dynamic batch.
+    """
+    args, kwargs = inputs
+    if args:
+        return None
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("seq")
+    shapes: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if not isinstance(value, torch.Tensor):
+            shapes[name] = None
+        elif value.dim() == 2 and not value.is_floating_point():
+            shapes[name] = {0: batch, 1: sequence}
+        else:
+            shapes[name] = {0: batch} if value.dim() else None
+    return shapes
+
+
+def _load_path(source: str | Path) -> Any:
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.suffix == ".pt2":
+        return Program.load(path)
+    text = str(source)
+    if ":" in text and not path.exists():
+        return _call_factory(text)
+    require_file(path, "model")
+    raise FileError(
+        f"'{path}' is no model.",
+        where=text,
+        seen=f"a file with suffix '{path.suffix}'",
+        expected="a Hugging Face folder, a .pt2 file, or module.py:factory",
+        next_step="save the model with torch.export.save, or name a function that makes it",
+    )
+
+
+def _load_folder(path: Path) -> nn.Module:
+    config_path = path / "config.json"
+    require_file(config_path, "model configuration")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"'{config_path}' is no JSON.", where=str(config_path), seen=str(error)) from error
+    try:
+        import transformers
+    except ImportError as error:
+        raise FileError(
+            "Folders of Hugging Face need the transformers package.",
+            where=str(path),
+            seen=str(error),
+            next_step="pip install sqcompile[llm]",
+        ) from error
+    names = config.get("architectures") or []
+    kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if kind is None:
+        raise FileError(
+            f"transformers has no architecture '{names[0]}'.",
+            where=str(config_path),
+            seen=names[0],
+            next_step=did_you_mean(names[0], [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
+        )
+    try:
+        model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise FileError(
+            f"The model in '{path}' cannot be loaded.",
+            where=str(path),
+            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="config.json and model.safetensors as save_pretrained writes them",
+            next_step="check that the folder is complete",
+        ) from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # a cache among the outputs is of no use without a session for it
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _call_factory(text: str) -> Any:
+    location, _, name = text.rpartition(":")
+    try:
+        if location.endswith(".py"):
+            require_file(Path(location), "module")
+            spec = importlib.util.spec_from_file_location(Path(location).stem, location)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules.setdefault(Path(location).stem, module)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(location)
+    except ImportError as error:
+        raise FileError(
+            f"The module '{location}' cannot be imported.", where=text, seen=str(error), next_step="check the name"
+        ) from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise FileError(
+            f"'{location}' has no function '{name}'.",
+            where=text,
+            seen=name,
+            next_step=did_you_mean(name, [n for n in dir(module) if not n.startswith("_")]),
+        )
+    model = factory()
+    return model.eval() if isinstance(model, nn.Module) else model
+
+
+def _acts_in_training(module: nn.Module) -> bool:
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    return module.training and isinstance(module, kinds)

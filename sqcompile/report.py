@@ -1,0 +1,305 @@
+"""The report: what every pass did, what every layer became, and what it cost."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from sqcompile.files import atomic_file
+from sqcompile.layers import Layer, layers_of
+from sqcompile.metrics import Distance
+from sqcompile.operators.table import argument
+from sqcompile.pipeline.manager import PassRecord
+from sqcompile.program import Program
+from sqcompile.statistics import Size, stored_bits, weight_zeros
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_NEGLIGIBLE = 0.97
+"""A compiled layer that needs more than this share of the dense time does not pay."""
+
+
+@dataclass
+class LayerRow:
+    """One layer of the compiled program.
+
+    Attributes:
+        name: Name of the layer.
+        node: Name of its node in the program.
+        kind: `linear`, `conv2d`, ….
+        place: The model's own line.
+        shape: Shape of the weight.
+        weight: Format of the weight, such as `int8:channel` or `float32`.
+        activation: Format of the data, such as `uint8 static`, or `float32`.
+        parameters: Number of weights.
+        sparsity: Fraction of zeros.
+        size_bytes: Bytes of the weight with scales and zero points.
+        distance: Distance of the layer's output from the original's, or None if not measured.
+        dense_ns: Time of the layer in the dense model on this machine, or None if not measured.
+        compiled_ns: Time of the layer in the compiled model, or None if not measured.
+    """
+
+    name: str
+    node: str
+    kind: str
+    place: str
+    shape: tuple[int, ...]
+    weight: str
+    activation: str
+    parameters: int
+    sparsity: float
+    size_bytes: int
+    distance: Distance | None = None
+    dense_ns: float | None = None
+    compiled_ns: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Say plainly whether the compression of this layer pays in time, where that was measured."""
+        if self.dense_ns is None or self.compiled_ns is None:
+            return ""
+        if self.weight == "float32" and self.sparsity == 0:
+            return ""
+        ratio = self.dense_ns / max(self.compiled_ns, 1.0)
+        if self.compiled_ns > _NEGLIGIBLE * self.dense_ns:
+            return f"does not pay here ({ratio:.2f}x)"
+        return f"{ratio:.2f}x faster"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median time of one call, dense against compiled, alternating in one run on this machine.
+
+    Attributes:
+        dense_ns: Median of the dense model in the same backend, in ns.
+        compiled_ns: Median of the compiled model, in ns.
+        runs: Calls of each.
+        threads: Threads within an operator.
+    """
+
+    dense_ns: float
+    compiled_ns: float
+    runs: int
+    threads: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster the compiled model is."""
+        return self.dense_ns / self.compiled_ns
+
+
+@dataclass
+class Report:
+    """Everything that is known about one compilation.
+
+    Attributes:
+        model: Name of the model's class.
+        backend: Name of the backend.
+        backend_reason: Why it was chosen.
+        original: Size of the program that was traced.
+        size: Size of the compiled program.
+        file_bytes: Size of the artifact as a file.
+        dense_file_bytes: Size of the dense model as a file of the same backend, or None if not measured.
+        passes: One record a pass.
+        layers: One row a layer.
+        output_distance: Distance of the compiled program's outputs from the original's, in the reference.
+        backend_distance: Distance of the backend's outputs from the reference's.
+        latency: Time dense against compiled, or None if not measured.
+        seconds: Time of each stage (`trace`, `passes`, `lower`, …), in s.
+        notes: What the backend has to say about its choices.
+        environment: CPU, threads and versions.
+    """
+
+    model: str
+    backend: str
+    backend_reason: str
+    original: Size
+    size: Size
+    file_bytes: int
+    passes: list[PassRecord]
+    layers: list[LayerRow]
+    dense_file_bytes: int | None = None
+    output_distance: Distance | None = None
+    backend_distance: Distance | None = None
+    latency: Latency | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def worst_pass(self) -> PassRecord | None:
+        """Return the pass after which the SQNR fell most, or None if none lowered it."""
+        worst, drop, previous = None, 1.0, math.inf
+        for record in self.passes:
+            if record.distance is None:
+                continue
+            now = record.distance.sqnr_db
+            # From exact to anything is judged by what remains, as infinity cannot be subtracted from.
+            fall = previous - now if math.isfinite(previous) else (200.0 - now if math.isfinite(now) else 0.0)
+            if fall > drop:
+                worst, drop = record, fall
+            previous = now
+        return worst
+
+    def worst_layer(self) -> LayerRow | None:
+        """Return the layer whose output is furthest from the original's, or None if none was measured."""
+        rows = [row for row in self.layers if row.distance is not None and math.isfinite(row.distance.sqnr_db)]
+        return min(rows, key=lambda row: row.distance.sqnr_db) if rows else None  # type: ignore[union-attr]
+
+    def to_json(self) -> str:
+        """Return the whole report as JSON text; infinite figures become null."""
+        return json.dumps(_plain(self), indent=2)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the printed report as one HTML file.
+
+        Raises:
+            FileError: If the path cannot be written.
+        """
+        from rich.console import Console
+
+        console = Console(record=True, width=150, file=io.StringIO())
+        self.print(console)
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(console.export_html(), encoding="utf-8")
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the report with rich."""
+        from sqcompile.report_tables import print_report
+
+        print_report(self, console)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=140, force_terminal=False, color_system=None)
+        self.print(console)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text
+
+
+def layer_rows(program: Program, distances: Mapping[str, Distance] | None = None) -> list[LayerRow]:
+    """Describe every layer of a program.
+
+    Args:
+        program: The compiled program.
+        distances: Distance from the original, by node name.
+    """
+    bits = stored_bits(program)
+    rows = []
+    for layer in layers_of(program):
+        stored = program.tensor(layer.weight)
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                node=layer.node.name,
+                kind=layer.kind,
+                place=_place(layer),
+                shape=tuple(stored.shape),
+                weight=value_format(layer.weight_value),
+                activation=value_format(layer.data) if layer.data is not None else "",
+                parameters=stored.numel(),
+                sparsity=weight_zeros(program, layer) / max(1, stored.numel()),
+                size_bytes=_layer_bytes(program, layer, bits),
+                distance=(distances or {}).get(layer.node.name),
+            )
+        )
+    return rows
+
+
+def value_format(node: fx.Node) -> str:
+    """Return the format in which a value reaches an operator: `int8:channel=0`, `uint8 dynamic`, `float32`."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    if name == "sqcompile::mask":
+        assert isinstance(node.args[0], fx.Node)
+        return value_format(node.args[0]) + " masked"
+    if name not in ("sqcompile::dequantize", "sqcompile::fake_quantize"):
+        value = node.meta.get("val")
+        return str(value.dtype).removeprefix("torch.") if isinstance(value, torch.Tensor) else ""
+    qmin, qmax = argument(node, 5), argument(node, 6)
+    assert isinstance(qmin, int) and isinstance(qmax, int)
+    text = f"{'int' if qmin < 0 else 'uint'}{(qmax - qmin).bit_length()}"
+    axis, group = argument(node, 3), argument(node, 4)
+    if group == -1:
+        text += ":token"
+    elif group is not None:
+        text += f":group={group}"
+    elif axis is not None:
+        text += ":channel"
+    scale = node.args[1]
+    dynamic = isinstance(scale, fx.Node) and scale.op != "get_attr"
+    return f"{text}:dynamic" if dynamic else text
+
+
+def environment() -> dict[str, str]:
+    """Return CPU, threads and versions, which every figure in a report depends on."""
+    import sqcompile
+
+    return {
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "sqcompile": sqcompile.__version__,
+    }
+
+
+def _layer_bytes(program: Program, layer: Layer, bits: Mapping[str, float]) -> int:
+    """Bytes of the stored weight and of what decodes it: scales, zero points, masks."""
+    total = 0.0
+    pending: list[fx.Node] = [layer.weight_value]
+    seen: set[str] = set()
+    while pending:
+        node = pending.pop()
+        if node.op != "get_attr":
+            pending += node.all_input_nodes
+            continue
+        name = str(node.target)
+        if name in seen or not program.has_tensor(name):
+            continue
+        seen.add(name)
+        tensor = program.tensor(name)
+        default = 1 if tensor.dtype == torch.bool else 8 * tensor.element_size()
+        total += math.ceil(tensor.numel() * bits.get(name, default) / 8)
+    return int(total)
+
+
+def _place(layer: Layer) -> str:
+    from sqcompile.text import source_line
+
+    return source_line(layer.node)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, LayerRow):
+        return {**{key: _plain(item) for key, item in value.__dict__.items()}, "verdict": value.verdict}
+    if isinstance(value, (Report, PassRecord, Latency)):
+        return {key: _plain(item) for key, item in value.__dict__.items()}
+    if hasattr(value, "__dataclass_fields__"):
+        return {key: _plain(item) for key, item in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

@@ -1,0 +1,148 @@
+"""The report on a terminal: a summary, the passes as a waterfall, the layers as a table."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sqcompile.metrics import Distance
+
+if TYPE_CHECKING:
+    from sqcompile.report import Report
+
+_MAX_REMARKS = 8
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print a report; on a terminal in colour, into a file as plain text."""
+    console = console or Console()
+    console.print(Panel(_summary(report), title=f"sqcompile: {report.model}", title_align="left"))
+    if report.passes:
+        console.print(_passes(report))
+    if report.layers:
+        console.print(_layers(report))
+    remarks = [remark for record in report.passes for remark in record.remarks]
+    if remarks:
+        lines = [f"  {remark}" for remark in remarks[:_MAX_REMARKS]]
+        if len(remarks) > _MAX_REMARKS:
+            lines.append(f"  … and {len(remarks) - _MAX_REMARKS} more in report.passes[…].remarks")
+        console.print(Text("Remarks\n" + "\n".join(lines)))
+    for note in report.notes:
+        console.print(Text(f"Note: {note}"))
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a size as `1.24 MB` (10⁶ bytes)."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= limit:
+            return f"{size_bytes / limit:.2f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def time_text(time_ns: float | None) -> str:
+    """Return a time as `1.24 ms`."""
+    if time_ns is None:
+        return ""
+    for limit, unit in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+        if time_ns >= limit:
+            return f"{time_ns / limit:.2f} {unit}"
+    return f"{time_ns:.0f} ns"
+
+
+def sqnr_text(distance: Distance | None) -> str:
+    """Return an SQNR as `41.3 dB`, `exact` or `not finite`."""
+    if distance is None:
+        return ""
+    if not distance.finite:
+        return "not finite"
+    return "exact" if math.isinf(distance.sqnr_db) and distance.sqnr_db > 0 else f"{distance.sqnr_db:.1f} dB"
+
+
+def _summary(report: Report) -> Group:
+    table = Table.grid(padding=(0, 2))
+    before, after = report.original, report.size
+    ratio = before.size_bytes / max(1, after.size_bytes)
+    table.add_row(
+        "weights", f"{size_text(before.size_bytes)} → {size_text(after.size_bytes)}", f"{ratio:.2f}x smaller"
+    )
+    if report.dense_file_bytes:
+        table.add_row(
+            "file",
+            f"{size_text(report.dense_file_bytes)} → {size_text(report.file_bytes)}",
+            f"{report.dense_file_bytes / max(1, report.file_bytes):.2f}x smaller",
+        )
+    elif report.file_bytes:
+        table.add_row("file", size_text(report.file_bytes), "")
+    table.add_row(
+        "parameters",
+        f"{after.parameters:,}",
+        f"{after.bits_per_parameter:.2f} bits each, {100 * after.sparsity:.1f} % zeros",
+    )
+    if report.output_distance is not None:
+        table.add_row("outputs", sqnr_text(report.output_distance), "against the original, on the check batch")
+    if report.backend_distance is not None:
+        table.add_row(
+            "backend", sqnr_text(report.backend_distance), f"{report.backend} against the reference"
+        )
+    if report.latency is not None:
+        latency = report.latency
+        table.add_row(
+            "latency",
+            f"{time_text(latency.dense_ns)} → {time_text(latency.compiled_ns)}",
+            f"{latency.speedup:.2f}x, median of {latency.runs} alternating calls, {latency.threads} threads",
+        )
+    table.add_row("backend", report.backend, report.backend_reason)
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    if spent:
+        table.add_row("time", spent, "")
+    return Group(table)
+
+
+def _passes(report: Report) -> Table:
+    table = Table(title="Passes", title_justify="left")
+    for column in ("pass", "changes", "weights", "zeros", "SQNR to original", "pass s", "checks s"):
+        table.add_column(column, justify="left" if column == "pass" else "right", overflow="fold")
+    blamed = report.worst_pass()
+    for record in report.passes:
+        table.add_row(
+            record.text + (" ◀ largest loss" if record is blamed else ""),
+            str(record.changes),
+            size_text(record.size.size_bytes),
+            f"{100 * record.size.sparsity:.1f} %",
+            sqnr_text(record.distance),
+            f"{record.seconds:.2f}",
+            f"{record.check_seconds:.2f}",
+            style="bold" if record is blamed else None,
+        )
+    return table
+
+
+def _layers(report: Report) -> Table:
+    table = Table(title="Layers", title_justify="left")
+    timed = any(row.compiled_ns is not None for row in report.layers)
+    columns = ["layer", "kind", "shape", "weight", "data", "zeros", "size", "SQNR"]
+    columns += ["dense", "compiled", "verdict"] if timed else []
+    for column in columns:
+        right = column in ("zeros", "size", "SQNR", "dense", "compiled")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    blamed = report.worst_layer()
+    for row in report.layers:
+        cells = [
+            row.name,
+            row.kind,
+            "x".join(str(size) for size in row.shape),
+            row.weight,
+            row.activation,
+            f"{100 * row.sparsity:.1f} %",
+            size_text(row.size_bytes),
+            sqnr_text(row.distance) + (" ◀" if row is blamed else ""),
+        ]
+        if timed:
+            cells += [time_text(row.dense_ns), time_text(row.compiled_ns), row.verdict]
+        table.add_row(*cells, style="bold" if row is blamed else None)
+    return table

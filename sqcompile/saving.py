@@ -1,0 +1,73 @@
+"""Saving a compiled model: one file by suffix, or a folder that stands on its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqcompile.backend import get_backend
+from sqcompile.errors import FileError, did_you_mean
+from sqcompile.files import atomic_file, atomic_folder
+
+if TYPE_CHECKING:
+    from sqcompile.api import Compiled
+
+SUFFIXES = {".onnx": "onnxruntime", ".pt2": "reference"}
+"""Suffix of an artifact's main file -> the backend that writes and loads it."""
+
+# What a folder of Hugging Face has beside its weights that users of the compiled model need too.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "preprocessor_config.json",
+)
+
+
+def save_compiled(compiled: Compiled, path: Path) -> list[Path]:
+    """Write a compiled model; see `Compiled.save`.
+
+    Raises:
+        FileError: If it cannot be written, or the suffix is unknown.
+    """
+    if path.suffix in SUFFIXES:
+        return _save_file(compiled, path)
+    if path.suffix and not path.is_dir():
+        raise FileError(
+            f"There is no artifact with the suffix '{path.suffix}'.",
+            where=str(path),
+            seen=path.suffix,
+            expected=", ".join(SUFFIXES) + ", or a folder",
+            next_step=did_you_mean(path.suffix, SUFFIXES),
+        )
+    return _save_folder(compiled, path)
+
+
+def _save_file(compiled: Compiled, path: Path) -> list[Path]:
+    wanted = SUFFIXES[path.suffix]
+    if wanted == compiled.backend.name:
+        return compiled.artifact.save(path)
+    return get_backend(wanted).lower(compiled.program).save(path)
+
+
+def _save_folder(compiled: Compiled, path: Path) -> list[Path]:
+    """Write the artifact, the report, and tokenizer and configuration of the source folder."""
+    suffix = compiled.artifact.suffix
+    with atomic_folder(path) as folder:
+        compiled.artifact.save(folder / f"model{suffix}")
+        with atomic_file(folder / "report.json") as file:
+            file.write_text(compiled.report.to_json(), encoding="utf-8")
+        source = None if compiled.source is None else Path(compiled.source)
+        for name in _COMPANIONS if source is not None and source.is_dir() else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        names = sorted(item.relative_to(folder) for item in folder.rglob("*") if item.is_file())
+    return [path / name for name in names]
