@@ -45,7 +45,13 @@ class Compiled:
     """
 
     def __init__(
-        self, program: Program, original: Program, backend: Backend, artifact: Artifact, session: Session, report: Report
+        self,
+        program: Program,
+        original: Program,
+        backend: Backend,
+        artifact: Artifact,
+        session: Session,
+        report: Report,
     ) -> None:
         self.program = program
         self.original = original
@@ -106,7 +112,9 @@ class LazyCompiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compile at the first call, and run."""
         if self._compiled is None:
-            self._compiled = compile(self._model, example_inputs=(args, kwargs), **self._options)
+            compiled = compile(self._model, example_inputs=(args, kwargs), **self._options)
+            assert isinstance(compiled, Compiled)
+            self._compiled = compiled
         return self._compiled(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +130,7 @@ class LazyCompiled:
         return getattr(self._compiled, name)
 
 
-def compile(  # noqa: A001 - the public name, as in torch.compile
+def compile(
     model: Model,
     passes: Sequence[Pass | str] | str | Path = (),
     example_inputs: Any = None,
@@ -216,7 +224,16 @@ def compile(  # noqa: A001 - the public name, as in torch.compile
         session = target.load(artifact, threads=threads)
     with clock.stage("check"):
         report = _report(
-            model_name(loaded), program, original, target, reason, artifact, session, records, check_batch, verify
+            model_name(loaded),
+            program,
+            original,
+            target,
+            reason,
+            artifact,
+            session,
+            records,
+            check_batch,
+            verify,
         )
     report.seconds = clock.seconds
     compiled = Compiled(program, original, target, artifact, session, report)
@@ -321,7 +338,9 @@ def choose_backend(program: Program) -> tuple[Backend, str]:
             return backend, "; ".join(reasons)
         node, reason = found[0]
         reasons.append(f"{name} cannot run {len(found)} operators, first %{node.name}: {reason}")
-    raise BackendError("No backend can run the program.", seen="; ".join(reasons), expected=", ".join(backend_names()))
+    raise BackendError(
+        "No backend can run the program.", seen="; ".join(reasons), expected=", ".join(backend_names())
+    )
 
 
 def parse_bytes(size: int | str | None) -> int | None:

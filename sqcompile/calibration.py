@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Calibration:
                 next_step="pass a list of batches",
             ) from error
         self.signature = signature
-        if hasattr(self._batches, "__len__") and len(self._batches) == 0:
+        if isinstance(self._batches, Sized) and len(self._batches) == 0:
             self._reject_empty()
 
     def __len__(self) -> int:

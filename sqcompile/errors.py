@@ -139,4 +139,6 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     shown = ", ".join(repr(n) for n in sorted(pool)[:12])
-    return f"valid names: {shown}{', …' if len(pool) > 12 else ''}" if pool else "there is none to choose from"
+    return (
+        f"valid names: {shown}{', …' if len(pool) > 12 else ''}" if pool else "there is none to choose from"
+    )

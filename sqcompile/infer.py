@@ -42,8 +42,7 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 def same_type(left: Any, right: Any) -> bool:
     """Whether two recorded values agree in structure, shape (symbols included) and dtype."""
-    left_leaves, left_spec = pytree.tree_flatten(left)
-    right_leaves, right_spec = pytree.tree_flatten(right)
+    left_leaves, right_leaves = pytree.tree_leaves(left), pytree.tree_leaves(right)
     if len(left_leaves) != len(right_leaves):
         return False
     return all(_same_leaf(a, b) for a, b in zip(left_leaves, right_leaves, strict=True))

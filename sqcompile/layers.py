@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Kind of the operator: `linear`, `conv2d`, `embedding`, …"""
+        """Kind of the operator, such as `linear`, `conv2d` or `embedding`."""
         return self.operator.kind
 
     @property

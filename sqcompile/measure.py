@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from sqcompile.api import Compiled
 
 
-def measure_latency(
-    compiled: Compiled, inputs: Sequence[Any], *, runs: int, threads: int | None
-) -> Report:
+def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, threads: int | None) -> Report:
     """Measure a compiled model against the dense one in the same backend, and fill in its report.
 
     Args:

@@ -150,7 +150,10 @@ def _call_factory(text: str) -> Any:
             module = importlib.import_module(location)
     except ImportError as error:
         raise FileError(
-            f"The module '{location}' cannot be imported.", where=text, seen=str(error), next_step="check the name"
+            f"The module '{location}' cannot be imported.",
+            where=text,
+            seen=str(error),
+            next_step="check the name",
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):

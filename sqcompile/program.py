@@ -193,7 +193,7 @@ class Program:
     @property
     def output(self) -> fx.Node:
         """The output node; its first argument is the flat tuple of results."""
-        return next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        return self.graph.output_node()
 
     def text(self) -> str:
         """Return the canonical text of the graph; see `sqcompile.text`."""

@@ -152,7 +152,9 @@ class Report:
 
     def worst_layer(self) -> LayerRow | None:
         """Return the layer whose output is furthest from the original's, or None if none was measured."""
-        rows = [row for row in self.layers if row.distance is not None and math.isfinite(row.distance.sqnr_db)]
+        rows = [
+            row for row in self.layers if row.distance is not None and math.isfinite(row.distance.sqnr_db)
+        ]
         return min(rows, key=lambda row: row.distance.sqnr_db) if rows else None  # type: ignore[union-attr]
 
     def to_json(self) -> str:

@@ -84,7 +84,9 @@ def _summary(report: Report) -> Group:
         f"{after.bits_per_parameter:.2f} bits each, {100 * after.sparsity:.1f} % zeros",
     )
     if report.output_distance is not None:
-        table.add_row("outputs", sqnr_text(report.output_distance), "against the original, on the check batch")
+        table.add_row(
+            "outputs", sqnr_text(report.output_distance), "against the original, on the check batch"
+        )
     if report.backend_distance is not None:
         table.add_row(
             "backend", sqnr_text(report.backend_distance), f"{report.backend} against the reference"

@@ -1,10 +1,10 @@
 """How passes edit a program: new nodes get their recorded value, their origin and their source line.
 
-    edit = Rewriter(program)
-    with edit.before(node):
-        codes = edit.call(torch.ops.sqcompile.quantize.default, x, scale, zero, None, None, 0, 255, like=x)
-    edit.replace(node, codes)
-    edit.finish()
+edit = Rewriter(program)
+with edit.before(node):
+codes = edit.call(torch.ops.sqcompile.quantize.default, x, scale, zero, None, None, 0, 255, like=x)
+edit.replace(node, codes)
+edit.finish()
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Rewriter:
         with self.graph.inserting_before(following):
             yield
 
-    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+    def call(
+        self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any
+    ) -> fx.Node:
         """Insert a call of an operator, with its value inferred.
 
         Args:
@@ -59,7 +61,7 @@ class Rewriter:
             like: The node it stands for: source line and module path are taken from it.
             **kwargs: Its keyword arguments.
         """
-        node = self.graph.call_function(target, args, kwargs)
+        node: fx.Node = self.graph.call_function(target, args, kwargs)
         self.describe(node, like)
         node.meta["val"] = infer_node(node, self._mode)
         self.changes += 1

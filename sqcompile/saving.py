@@ -65,9 +65,13 @@ def _save_folder(compiled: Compiled, path: Path) -> list[Path]:
         compiled.artifact.save(folder / f"model{suffix}")
         with atomic_file(folder / "report.json") as file:
             file.write_text(compiled.report.to_json(), encoding="utf-8")
-        source = None if compiled.source is None else Path(compiled.source)
-        for name in _COMPANIONS if source is not None and source.is_dir() else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        if compiled.source is not None and Path(compiled.source).is_dir():
+            _copy_companions(Path(compiled.source), folder)
         names = sorted(item.relative_to(folder) for item in folder.rglob("*") if item.is_file())
     return [path / name for name in names]
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

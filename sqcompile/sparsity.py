@@ -35,7 +35,9 @@ class Pattern:
     def __post_init__(self) -> None:
         if self.m and not 0 < self.n < self.m:
             raise FormatError(
-                "An N:M pattern keeps N of M weights.", seen=f"{self.n}:{self.m}", expected="0 < N < M, as 2:4"
+                "An N:M pattern keeps N of M weights.",
+                seen=f"{self.n}:{self.m}",
+                expected="0 < N < M, as 2:4",
             )
         if self.rows < 1 or self.columns < 1:
             raise FormatError("A block has at least one row and column.", seen=str(self), expected="as 1x4")

@@ -106,8 +106,9 @@ def check_pass(
     (record,) = PassManager([item], check_batches=batches).run(program, context)
 
     for name, tensor in before.tensors():
-        assert torch.equal(tensor, contents[name]) or tensor.is_floating_point() and torch.allclose(
-            tensor, contents[name], rtol=0, atol=0, equal_nan=True
+        assert torch.equal(tensor, contents[name]) or (
+            tensor.is_floating_point()
+            and torch.allclose(tensor, contents[name], rtol=0, atol=0, equal_nan=True)
         ), f"the pass wrote into the tensor '{name}'"
     text_after = program_text(program)
     if unchanged:
@@ -120,7 +121,9 @@ def check_pass(
     if idempotent and item.requires is item.produces:
         again = program.snapshot()
         (second,) = PassManager([item], check_batches=batches).run(again, context)
-        assert second.changes == 0, f"a second run changes it again:\n{text_diff(text_after, program_text(again))}"
+        assert second.changes == 0, (
+            f"a second run changes it again:\n{text_diff(text_after, program_text(again))}"
+        )
     return CheckedPass(before, program, record)
 
 

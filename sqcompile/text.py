@@ -53,12 +53,12 @@ def program_diff(before: Program, after: Program, *, context: int = 2) -> str:
     return text_diff(program_text(before), program_text(after), context=context)
 
 
-def text_diff(before: str, after: str, *, context: int = 2, names: tuple[str, str] = ("before", "after")) -> str:
+def text_diff(
+    before: str, after: str, *, context: int = 2, names: tuple[str, str] = ("before", "after")
+) -> str:
     """Return a unified diff of two texts."""
     return "\n".join(
-        difflib.unified_diff(
-            before.splitlines(), after.splitlines(), *names, n=context, lineterm=""
-        )
+        difflib.unified_diff(before.splitlines(), after.splitlines(), *names, n=context, lineterm="")
     )
 
 

@@ -186,7 +186,12 @@ _add(
     aten.upsample_nearest2d.vec,
     aten.upsample_nearest2d.default,
 )
-_add(Operator("chunk", scales=Scales.PRESERVES), aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+_add(
+    Operator("chunk", scales=Scales.PRESERVES),
+    aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+)
 _add(Operator("cat", scales=Scales.SHARES, integer=True), aten.cat.default)
 
 

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from sqcompile.errors import PassOptionError
 from sqcompile.levels import Level

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import time
@@ -15,8 +16,8 @@ import torch
 from sqcompile.errors import Error, LevelError, NumericError, PassContractError, PassError
 from sqcompile.fingerprint import tensor_identity
 from sqcompile.metrics import Distance, output_distance
-from sqcompile.pipeline.contract import Pass, PassResult
 from sqcompile.pipeline.context import PassContext
+from sqcompile.pipeline.contract import Pass, PassResult
 from sqcompile.program import Program
 from sqcompile.remarks import Remark
 from sqcompile.statistics import Size, program_size
@@ -246,7 +247,7 @@ def check_order(passes: Sequence[Pass]) -> None:
     Raises:
         LevelError: If two passes conflict.
     """
-    for first, second in zip(passes, passes[1:], strict=False):
+    for first, second in itertools.pairwise(passes):
         if second.requires is not first.produces:
             raise LevelError(
                 f"Pass {second.name} cannot follow {first.name}.",

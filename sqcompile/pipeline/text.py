@@ -90,7 +90,10 @@ def parse_pass(text: str) -> Pass:
         key, equals, value = part.partition("=")
         if not equals:
             raise RecipeError(
-                f"'{part.strip()}' is no option.", seen=text, expected="option=value", next_step="add '=value'"
+                f"'{part.strip()}' is no option.",
+                seen=text,
+                expected="option=value",
+                next_step="add '=value'",
             )
         options[key.strip()] = parse_value(value.strip())
     return make_pass(name, options)
@@ -199,7 +202,7 @@ def value_text(value: Any) -> str:
             return "{" + ",".join(f"{value_text(k)}:{value_text(v)}" for k, v in value) + "}"
         return "[" + ",".join(value_text(item) for item in value) + "]"
     text = str(value)
-    if isinstance(value, str) and (parse_value(text) != text or any(c in text for c in ",{}[]=\"")):
+    if isinstance(value, str) and (parse_value(text) != text or any(c in text for c in ',{}[]="')):
         return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return text
 
