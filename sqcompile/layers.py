@@ -10,6 +10,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from torch import fx
 
@@ -20,6 +21,23 @@ from sqcompile.text import module_path
 
 # What may stand between a stored weight and the operator that uses it.
 _TRANSPARENT = frozenset({"mask", "quantize", "dequantize", "fake_quantize", "observe"})
+
+
+class Named(Protocol):
+    """What selections are made from: something with a name and a kind."""
+
+    @property
+    def name(self) -> str:
+        """Name by which users select it: a module path."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Kind of the operator, as the operator table names it."""
+        ...
+
+
+N = TypeVar("N", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -119,17 +137,17 @@ def stored_weight(value: object) -> fx.Node | None:
 
 
 def select_layers(
-    layers: Sequence[Layer],
+    layers: Sequence[N],
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     kinds: Iterable[str] = (),
     *,
     where: str = "",
-) -> list[Layer]:
+) -> list[N]:
     """Choose layers by patterns on their names.
 
     Args:
-        layers: What to choose from.
+        layers: What to choose from: layers, or other operators with a name and a kind.
         include: Patterns; a layer is chosen if any matches. A pattern is a name, a module path that
             the layer lies in, a shell pattern (`layers.*.mlp.*`), or `re:` and a regular expression.
         exclude: Patterns of layers to leave out.
@@ -186,9 +204,11 @@ def _matching(pattern: str, names: Sequence[str], where: str) -> set[str]:
 
 
 def _layer_name(node: fx.Node, weight: str) -> str:
+    # Quantization stores `weight` as `weight_codes`; the layer keeps its name.
+    weight = weight.removesuffix("_codes")
     owner, _, leaf = weight.rpartition(".")
     path = module_path(node)
-    if leaf not in ("weight", "weight_orig", "weight_codes"):
+    if leaf not in ("weight", "weight_orig"):
         return weight
     # A tied weight has one name and several users: the module that uses it names the layer.
     if path and path != owner and not owner.startswith(f"{path}."):

@@ -181,6 +181,8 @@ _add(
     aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default,
 )
+# Padding moves codes as long as the padded value has a code of its own: zero always has, see `preserves_scale`.
+_add(Operator("pad", scales=Scales.PRESERVES), aten.pad.default, aten.constant_pad_nd.default)
 _add(
     Operator("resize", scales=Scales.PRESERVES),
     aten.upsample_nearest2d.vec,
@@ -200,6 +202,22 @@ def operator_of(node: fx.Node) -> Operator | None:
     if node.op != "call_function":
         return None
     return TABLE.get(node.target)  # type: ignore[call-overload,no-any-return]
+
+
+def preserves_scale(node: fx.Node) -> bool:
+    """Whether a call only moves or drops values (or adds zeros), so that codes pass through it unchanged."""
+    entry = operator_of(node)
+    if entry is None or entry.scales is not Scales.PRESERVES:
+        return False
+    return entry.kind != "pad" or pad_value(node) == 0
+
+
+def pad_value(node: fx.Node) -> object:
+    """Return the constant that a padding operator writes; 0 for modes that repeat values."""
+    if node.target is aten.constant_pad_nd.default:
+        return argument(node, 2, 0)
+    constant = argument(node, 2, "constant") == "constant"
+    return (argument(node, 3) or 0) if constant else 0
 
 
 def data_arguments(node: fx.Node) -> list[fx.Node]:

@@ -199,7 +199,7 @@ def value_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (tuple, list)):
         if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
-            return "{" + ",".join(f"{value_text(k)}:{value_text(v)}" for k, v in value) + "}"
+            return "{" + ",".join(f"{_key_text(k)}:{value_text(v)}" for k, v in value) + "}"
         return "[" + ",".join(value_text(item) for item in value) + "]"
     text = str(value)
     if isinstance(value, str) and (parse_value(text) != text or any(c in text for c in ',{}[]="')):
@@ -254,6 +254,11 @@ def _default(option: dataclasses.Field[Any]) -> Any:
     if option.default_factory is not dataclasses.MISSING:
         return option.default_factory()
     return dataclasses.MISSING
+
+
+def _key_text(key: Any) -> str:
+    text = value_text(key)
+    return f'"{text}"' if ":" in text and not text.startswith('"') else text
 
 
 def _partition_key(part: str) -> tuple[str, str, str]:
