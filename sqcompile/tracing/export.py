@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,29 +11,60 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+import sqcompile.operators.library  # noqa: F401 - registers the operators that programs hold
 from sqcompile.errors import InputError, TraceError
 from sqcompile.program import Program, graph_module_of
-from sqcompile.signature import Signature, Value
+from sqcompile.tracing.explain import explain, model_line, quiet
+from sqcompile.tracing.functionalize import fake_mode_in, refuse_mutated_state, remove_in_place
 from sqcompile.tracing.inline import inline_regions
-from sqcompile.text import rename_symbols, source_frame
+from sqcompile.tracing.inputs import (
+    Inputs,
+    argument_names,
+    check_call,
+    enlarge_dynamic_sizes,
+    normalize_inputs,
+    register_containers,
+    register_dataclass,
+)
+from sqcompile.tracing.interface import signature_of
+from sqcompile.tracing.masks import recognize_masks
+from sqcompile.tracing.quantized_decomposed import convert_quantized_decomposed
+from sqcompile.tracing.recompose import recompose
+from sqcompile.tracing.refuse import refuse_random, refuse_running_statistics
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call."""
+__all__ = ["Inputs", "argument_names", "from_exported_program", "normalize_inputs", "trace"]
+
+_aten = torch.ops.aten
+
+# Checks that torch.export writes into graphs. Signature.bind checks inputs, with better errors, and the
+# verifier checks types, which passes may change.
+_ASSERTIONS = frozenset(
+    {
+        _aten._assert_tensor_metadata.default,
+        _aten._assert_scalar.default,
+        _aten._assert_async.msg,
+        _aten.sym_constrain_range.default,
+        _aten.sym_constrain_range_for_size.default,
+    }
+)
 
 
 def trace(
-    model: nn.Module | ExportedProgram | fx.GraphModule,
+    model: nn.Module | ExportedProgram | fx.GraphModule | Program,
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
 ) -> Program:
     """Trace a model into a program at level `ATEN`.
 
-    The model is not modified. Parameters and buffers are shared with it, under its own names.
+    The model is traced as in eval mode, without gradients, and is left as it was. Parameters and
+    buffers are shared with it, under its own names; tied ones stay one tensor. The program computes the
+    same results and writes into nothing: an input that the model changes in place stays as it was.
 
     Args:
-        model: A module in eval mode, an exported program, or an FX graph module.
-        example_inputs: A tuple (positional), a dict (keyword), a pair (tuple, dict), or one tensor.
+        model: A module, an exported program, or an FX graph module. A program is copied.
+        example_inputs: A tuple (positional), a dict (keyword), a pair (tuple, dict), or one tensor. Along
+            dynamic dimensions an example of size 1 is as good as any.
         dynamic_shapes: As `torch.export.export` takes it.
 
     Raises:
@@ -51,46 +82,114 @@ def trace(
             expected="torch.nn.Module, torch.export.ExportedProgram or torch.fx.GraphModule",
             next_step="wrap the function in an nn.Module",
         )
-    args, kwargs = normalize_inputs(example_inputs)
-    exported = _export(model, args, kwargs, dynamic_shapes)
-    return from_exported_program(exported, arg_names=argument_names(model), dynamic_shapes=dynamic_shapes)
-
-
-def normalize_inputs(example_inputs: Any) -> Inputs:
-    """Return example inputs as (args, kwargs), from any of the forms that `compile` takes."""
-    if example_inputs is None:
-        raise InputError(
-            "There are no example inputs to trace the model with.",
-            next_step="pass example_inputs=(tensor, …) or a dict of keyword inputs",
-        )
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, (tuple, list)):
-        if (
-            len(example_inputs) == 2
-            and isinstance(example_inputs[0], (tuple, list))
-            and isinstance(example_inputs[1], Mapping)
-        ):
-            return tuple(example_inputs[0]), dict(example_inputs[1])
-        return tuple(example_inputs), {}
-    return (torch.as_tensor(example_inputs),), {}
-
-
-def argument_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of `model.forward`, without `*args` and `**kwargs`."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    return tuple(p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    inputs = normalize_inputs(example_inputs)
+    check_call(model, *inputs)
+    register_containers(inputs, model)
+    names = argument_names(model)
+    exported = _export(model, enlarge_dynamic_sizes(inputs, names, dynamic_shapes), inputs, dynamic_shapes)
+    return from_exported_program(exported, arg_names=names, dynamic_shapes=dynamic_shapes)
 
 
 def from_exported_program(
     exported: ExportedProgram, *, arg_names: Sequence[str] = (), dynamic_shapes: Any = None
 ) -> Program:
-    """Turn an exported program into a program, sharing its tensors."""
+    """Turn an exported program into a program, sharing its tensors.
+
+    Raises:
+        TraceError: If it writes into its own tensors, draws random numbers, or holds quantized operators
+            that have no counterpart here.
+    """
+    signature = exported.module_call_graph[0].signature
+    names = tuple(arg_names) or tuple(signature.forward_arg_names or () if signature else ())
+    module, graph = _flat_graph(exported)
+    recompose(graph)
+    program = Program(
+        graph_module_of(module, graph),
+        signature_of(graph, exported, names, dynamic_shapes),
+        constraints=exported.range_constraints,
+    )
+    recognize_masks(program)
+    convert_quantized_decomposed(program)
+    program.graph_module.eval()
+    return program
+
+
+def _export(model: nn.Module, inputs: Inputs, given: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+    def export() -> ExportedProgram:
+        # Without gradients: traced with them, attention records other strides than it has when the
+        # graph is decomposed for ONNX, which then fails (T5, Swin, BEiT).
+        with quiet(), torch.no_grad(), _eval_mode(model):
+            return torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
+
+    try:
+        return export()
+    except Exception as error:
+        with torch.no_grad(), _eval_mode(model):
+            outputs = _run_eagerly(model, given, error)
+        if not any([register_dataclass(type(leaf)) for leaf in pytree.tree_leaves(outputs)]):
+            raise explain(error, model) from error
+    try:
+        return export()
+    except Exception as error:
+        raise explain(error, model) from error
+
+
+def _run_eagerly(model: nn.Module, inputs: Inputs, reason: Exception) -> Any:
+    """Run the model on its examples, to tell inputs that it does not take from code that cannot be traced."""
+    args, kwargs = inputs
+    try:
+        return model(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs, traced or not.",
+            where=model_line(error.__traceback__, model) or "example_inputs",
+            seen=f"{type(error).__name__}: {error}",
+            expected="inputs that model(*args, **kwargs) accepts",
+            next_step="call the model with them, and correct the inputs or the model",
+        ) from reason
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each back into its own afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # Set directly: exported modules refuse eval(), and some models override train().
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _flat_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:
+    """Return a flat graph without in-place operators or assertions, and the module with its tensors."""
+    module, graph = _copy_graph(exported)
+    signature = exported.graph_signature
+    refuse_random(graph)
+    refuse_running_statistics(graph)
+    if remove_in_place(graph, {*signature.parameters, *signature.buffers}, fake_mode_in(graph)):
+        graph.eliminate_dead_code()
+        return module, graph
+    with quiet(), torch.no_grad():
+        functional = exported.run_decompositions({})
+    signature = functional.graph_signature
+    refuse_mutated_state(
+        functional.graph_module, {**signature.buffers_to_mutate, **signature.parameters_to_mutate}
+    )
+    module, graph = _copy_graph(functional)
+    if not remove_in_place(graph, (), fake_mode_in(graph)):
+        raise TraceError(
+            "The model writes into views of its values in a way that cannot be unfolded.",
+            seen=", ".join(sorted({str(node.target) for node in graph.nodes if node.op == "call_function"})),
+            next_step="write that part of the model without in-place operators",
+        )
+    graph.eliminate_dead_code()
+    return module, graph
+
+
+def _copy_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = fx.Graph()
@@ -98,175 +197,8 @@ def from_exported_program(
     assert isinstance(output, tuple)
     graph.output(output[0]).meta = dict(output[1].meta)
     inline_regions(graph, module)
-    for node in list(graph.nodes):
-        if node.op == "call_module" and str(node.target) == "_guards_fn":
-            graph.erase_node(node)  # Signature.bind checks the inputs, with better errors
-        elif node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # the verifier checks types; passes may change them
-    graph_module = graph_module_of(module, graph)
-    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
-    names = tuple(arg_names) or tuple(exported.module_call_graph[0].signature.forward_arg_names or ())  # type: ignore[union-attr]
-    program = Program(
-        graph_module,
-        _signature(graph_module, exported, in_spec, out_spec, names, dynamic_shapes),
-        constraints=exported.range_constraints,
-    )
-    program.graph_module.eval()
-    return program
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:
-        raise _explain(error, model) from error
-
-
-def _explain(error: Exception, model: nn.Module) -> TraceError:
-    """Say what torch.export could not take, where in the model, and what to do."""
-    frame = None
-    trace = error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/sqcompile/" not in file:
-            frame = (file, trace.tb_lineno)
-        trace = trace.tb_next
-    text = str(error)
-    if frame is None and (found := source_frame(text)) is not None:
-        frame = found[:2]
-    return TraceError(
-        f"{type(model).__name__} cannot be traced.",
-        where=None if frame is None else f"{frame[0]}:{frame[1]}",
-        seen=f"{type(error).__name__}: {text.strip().splitlines()[0] if text.strip() else ''}",
-        next_step="rewrite that line without control flow on tensor values, or compile a part of the model",
-    )
-
-
-def _signature(
-    module: fx.GraphModule,
-    exported: ExportedProgram,
-    in_spec: pytree.TreeSpec,
-    out_spec: pytree.TreeSpec,
-    arg_names: tuple[str, ...],
-    dynamic_shapes: Any,
-) -> Signature:
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    values = [node.meta.get("val") for node in placeholders]
-    symbols = _symbol_names(values, in_spec, arg_names, dynamic_shapes)
-    input_names = _leaf_names(in_spec, arg_names)
-    results = list(output.args[0])
-    output_names = _output_names(out_spec, len(results))
-    bounds: dict[str, tuple[int, int | None]] = {}
-    for symbol, limits in exported.range_constraints.items():
-        name = symbols.get(str(symbol))
-        if name is not None:
-            bounds[name] = (max(int(limits.lower), 0), None if limits.upper > 2**62 else int(limits.upper))
-    return Signature(
-        inputs=tuple(_value(name, val, symbols) for name, val in zip(input_names, values, strict=True)),
-        outputs=tuple(
-            _value(name, item.meta.get("val") if isinstance(item, fx.Node) else item, symbols)
-            for name, item in zip(output_names, results, strict=True)
-        ),
-        in_spec=in_spec,
-        out_spec=out_spec,
-        arg_names=arg_names,
-        dims=bounds,
-    )
-
-
-def _value(name: str, value: Any, symbols: dict[str, str]) -> Value:
-    if not isinstance(value, torch.Tensor):
-        return Value(name, constant=value)
-    shape = tuple(size if isinstance(size, int) else rename_symbols(size, symbols) for size in value.shape)
-    return Value(name, shape, value.dtype)
-
-
-def _symbol_names(
-    values: Sequence[Any], in_spec: pytree.TreeSpec, arg_names: tuple[str, ...], dynamic_shapes: Any
-) -> dict[str, str]:
-    """Map the tracer's symbols to the names of the user's `Dim`s, else to s0, s1, … in input order."""
-    given = _dim_names(in_spec, arg_names, dynamic_shapes, len(values))
-    symbols: dict[str, str] = {}
-    for value, names in zip(values, given, strict=True):
-        if not isinstance(value, torch.Tensor):
-            continue
-        for axis, size in enumerate(value.shape):
-            symbol = str(size)
-            if isinstance(size, int) or symbol in symbols or not symbol.isidentifier():
-                continue
-            name = names.get(axis) or f"s{len(symbols)}"
-            symbols[symbol] = name if name not in symbols.values() else f"{name}_{len(symbols)}"
-    return symbols
-
-
-def _dim_names(
-    in_spec: pytree.TreeSpec, arg_names: tuple[str, ...], dynamic_shapes: Any, count: int
-) -> list[dict[int, str]]:
-    """Return, for each input leaf, the user's name of each dynamic axis."""
-    if dynamic_shapes is None:
-        return [{} for _ in range(count)]
-    args_spec, kwargs_spec = in_spec.children()
-    names = [*arg_names[: args_spec.num_children], *(kwargs_spec.context or [])]
-    if isinstance(dynamic_shapes, Mapping):
-        per_argument = [dynamic_shapes.get(name) for name in names]
-    else:
-        per_argument = list(dynamic_shapes)
-    found: list[dict[int, str]] = []
-    children = [*args_spec.children(), *kwargs_spec.children()]
-    for spec, shapes in zip(children, per_argument, strict=False):
-        leaves: list[dict[int, str]] = []
-        _collect_dims(shapes, spec, leaves)
-        found += leaves
-    return (found + [{} for _ in range(count)])[:count]
-
-
-def _collect_dims(shapes: Any, spec: pytree.TreeSpec, found: list[dict[int, str]]) -> None:
-    if spec.is_leaf():
-        axes = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes or ())
-        found.append({axis: dim.__name__ for axis, dim in axes if hasattr(dim, "__name__")})
-        return
-    keys = spec.context if isinstance(shapes, Mapping) and isinstance(spec.context, list) else None
-    for index, child in enumerate(spec.children()):
-        if shapes is None:
-            inner = None
-        elif keys is not None:
-            inner = shapes.get(keys[index])
-        else:
-            inner = shapes[index]
-        _collect_dims(inner, child, found)
-
-
-def _leaf_names(spec: pytree.TreeSpec, arg_names: tuple[str, ...]) -> list[str]:
-    """Name the leaves of `(args, kwargs)` by the model's parameters, with dots for nesting."""
-    names: list[str] = []
-    dummy = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    for path, _ in pytree.tree_flatten_with_path(dummy)[0]:
-        side, key, *rest = path
-        if side.idx == 0:
-            first = arg_names[key.idx] if key.idx < len(arg_names) else f"input_{key.idx}"
-        else:
-            first = str(key.key)
-        names.append(".".join([first, *(_key_text(item) for item in rest)]))
-    return names
-
-
-def _output_names(spec: pytree.TreeSpec, count: int) -> list[str]:
-    if spec.is_leaf():
-        return ["output"]
-    dummy = pytree.tree_unflatten(list(range(count)), spec)
-    try:
-        paths = [path for path, _ in pytree.tree_flatten_with_path(dummy)[0]]
-        names = [".".join(_key_text(item) for item in path) for path in paths]
-    except (ValueError, TypeError, AttributeError):
-        names = []
-    if len(names) != count:
-        names = [str(index) for index in range(count)]
-    return [f"output_{name}" if name.isdigit() else name for name in names]
-
-
-def _key_text(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    for node in reversed(list(graph.nodes)):
+        guard = node.op == "call_module" and str(node.target) == "_guards_fn"
+        if (guard or node.target in _ASSERTIONS) and not node.users:
+            graph.erase_node(node)
+    return module, graph

@@ -70,7 +70,9 @@ def _inline(graph: fx.Graph, node: fx.Node, position: int, module: nn.Module) ->
     else:
         values = [copies[item] if isinstance(item, fx.Node) else item for item in results]
         for user in list(node.users):
-            user.replace_all_uses_with(values[user.args[1]])
+            index = user.args[1]
+            assert isinstance(index, int)
+            user.replace_all_uses_with(values[index])
             graph.erase_node(user)
     graph.erase_node(node)
     if not region_node.users:

@@ -71,7 +71,9 @@ def lift(program: Program) -> ExportedProgram:
     outputs = [
         OutputSpec(
             OutputKind.USER_OUTPUT,
-            _argument(item, item.meta.get("val")) if isinstance(item, fx.Node) else ConstantArgument("", item),
+            _argument(item, item.meta.get("val"))
+            if isinstance(item, fx.Node)
+            else ConstantArgument("", item),
             None,
         )
         for item in results
