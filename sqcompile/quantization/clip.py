@@ -65,12 +65,14 @@ def divergence(histogram: Histogram, format: Format) -> Loss:
 
     The reference is the histogram inside the range, with the counts outside added to its end bins; the
     candidate is the same histogram (without them) at the format's number of levels, each spread evenly
-    over those of its bins that the reference fills. Symmetric formats compare magnitudes; affine formats
-    the two-sided histogram. A range of fewer bins than levels cannot be judged and loses to every other.
-    The bin of zero takes its neighbour's count: zero, often the most frequent value by far (ReLU), is
-    represented exactly in any range and would outweigh all the rest.
+    over those of its bins that the reference fills. A level without counts still gets a ten-thousandth of
+    one, since outliers moved to the end of a sparse tail would else forbid every clip. Symmetric formats
+    compare magnitudes; affine formats the two-sided histogram. A range of fewer bins than levels cannot be
+    judged and loses to every other. The bin of zero takes its neighbour's count: zero, often the most
+    frequent value by far (ReLU), is represented exactly in any range and would outweigh all the rest.
 
-    Source: Migacz, "8-bit inference with TensorRT", GTC 2017; the bin of zero as NVIDIA pytorch-quantization.
+    Source: Migacz, "8-bit inference with TensorRT", GTC 2017; the bin of zero as in NVIDIA's
+    pytorch-quantization, levels without counts as in MXNet.
     """
     counts = (histogram.magnitudes() if format.symmetric else histogram.counts).double()
     zero = 0 if format.symmetric else histogram.bins
@@ -99,11 +101,10 @@ def _divergence(counts: Tensor, start: int, end: int, levels: int) -> float:
     level = torch.arange(bins) * levels // bins
     mass = torch.bincount(level, weights=inside, minlength=levels)
     share = mass / torch.bincount(level, weights=filled.double(), minlength=levels)
-    p, q = reference[filled], share[level[filled]]
-    total = float(q.sum())
-    if total == 0:
-        return math.inf
-    return float((p * (p / q).log()).sum() / p.sum() - math.log(float(p.sum()) / total))
+    p, q = reference[filled], share[level[filled]].clamp(min=1e-4)
+    if not p.numel():
+        return 0.0
+    return float((p * (p / q).log()).sum() / p.sum() + (q.sum() / p.sum()).log())
 
 
 def _first_least(losses: Tensor) -> int:

@@ -39,7 +39,12 @@ class Histogram:
         return math.ldexp(1.0, self.exponent)
 
     def add(self, x: Tensor, largest: float) -> None:
-        """Count the values of `x`, all finite and at most `largest` in magnitude. Shapes: x [...]."""
+        """Count the values of `x`, all finite and at most `largest` in magnitude.
+
+        A value over 2**126 times smaller than a bin counts as zero, whatever its sign.
+
+        Shapes: x [...].
+        """
         # largest < 2**power, so it lies below bins * width.
         power = math.frexp(largest)[1] if largest > 0 else _LEAST_EXPONENT
         self._coarsen(max(self.exponent, power - self.bins.bit_length() + 1))
