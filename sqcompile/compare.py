@@ -39,9 +39,11 @@ class LayerDistance:
 def compare_layers(
     reference: Program, program: Program, batches: Iterable[Sequence[Any]]
 ) -> list[LayerDistance]:
-    """Compare the outputs of the layers that both programs hold under the same node name.
+    """Compare the outputs of the layers of one program with the same values in another.
 
-    At most 2¹⁸ evenly spaced elements of each value are compared, so that memory stays small.
+    Values are paired by node name; where a pass has put one node in another's place (a convolution for
+    the batch norm that was folded into it), by the name of the node which it stands for. At most 2¹⁸
+    evenly spaced elements of each value are compared, so that memory stays small.
 
     Args:
         reference: The program that is right, usually the one that was traced.
@@ -51,22 +53,18 @@ def compare_layers(
     Returns:
         One entry a layer, in graph order.
     """
-    names = {layer.node.name: layer.name for layer in layers_of(reference)}
-    ours = {node.name: node for node in program.compute_nodes() if node.name in names}
-    theirs = {node.name: node for node in reference.compute_nodes() if node.name in ours}
-    return _compare(reference, program, theirs, ours, names, batches)
+    names = {layer.node: layer.name for layer in layers_of(program)}
+    return _compare(reference, program, _counterparts(reference, names), names, batches)
 
 
 def first_jump(before: Program, after: Program, batch: Sequence[Any]) -> str | None:
-    """Return the place of the first node, present in both programs, where values part clearly.
+    """Return the place of the first value, present in both programs, where they part clearly.
 
     A node counts when its SQNR is below 20 dB, or not finite, while all before it are above.
     """
-    shared = {node.name: node for node in before.compute_nodes() if _is_float(node)}
-    ours = {node.name: node for node in after.compute_nodes() if node.name in shared}
-    theirs = {name: shared[name] for name in ours}
+    nodes = [node for node in after.compute_nodes() if _is_float(node)]
     try:
-        rows = _compare(before, after, theirs, ours, {}, [batch])
+        rows = _compare(before, after, _counterparts(before, nodes), {}, [batch])
     except (RuntimeError, ValueError, TypeError):
         return None  # the new program cannot even be run
     for row in rows:
@@ -75,36 +73,44 @@ def first_jump(before: Program, after: Program, batch: Sequence[Any]) -> str | N
     return None
 
 
+def _counterparts(reference: Program, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Map nodes of another program to the nodes of the reference that have the same value."""
+    known = {node.name: node for node in reference.compute_nodes()}
+    for node in reference.compute_nodes():
+        known.setdefault(str(node.meta.get("stands_for", node.name)), node)
+    pairs = {node: known.get(str(node.meta.get("stands_for", node.name))) for node in nodes}
+    return {node: other for node, other in pairs.items() if other is not None}
+
+
 def _compare(
     reference: Program,
     program: Program,
-    theirs: dict[str, fx.Node],
-    ours: dict[str, fx.Node],
-    names: dict[str, str],
+    pairs: dict[fx.Node, fx.Node],
+    names: dict[fx.Node, str],
     batches: Iterable[Sequence[Any]],
 ) -> list[LayerDistance]:
-    meters: dict[str, DistanceMeter] = {}
+    meters: dict[fx.Node, DistanceMeter] = {}
     for batch in batches:
-        kept: dict[str, torch.Tensor] = {}
+        kept: dict[fx.Node, torch.Tensor] = {}
 
-        def keep(node: fx.Node, value: Any, kept: dict[str, torch.Tensor] = kept) -> None:
+        def keep(node: fx.Node, value: Any, kept: dict[fx.Node, torch.Tensor] = kept) -> None:
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                kept[node.name] = _sample(value)
+                kept[node] = _sample(value)
 
-        def meet(node: fx.Node, value: Any, kept: dict[str, torch.Tensor] = kept) -> None:
-            other = kept.pop(node.name, None)
+        def meet(node: fx.Node, value: Any, kept: dict[fx.Node, torch.Tensor] = kept) -> None:
+            other = kept.get(pairs[node])
             if other is None or not isinstance(value, torch.Tensor):
                 return
             sample = _sample(value)
             if sample.shape == other.shape:
-                meters.setdefault(node.name, DistanceMeter()).add(other, sample)
+                meters.setdefault(node, DistanceMeter()).add(other, sample)
 
-        run_watched(reference, batch, list(theirs.values()), keep)
-        run_watched(program, batch, list(ours.values()), meet)
+        run_watched(reference, batch, set(pairs.values()), keep)
+        run_watched(program, batch, pairs, meet)
     return [
-        LayerDistance(names.get(name, name), name, locate(node), meters[name].result())
-        for name, node in ours.items()
-        if name in meters
+        LayerDistance(names.get(node, node.name), node.name, locate(node), meters[node].result())
+        for node in pairs
+        if node in meters
     ]
 
 

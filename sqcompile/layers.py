@@ -204,8 +204,8 @@ def _matching(pattern: str, names: Sequence[str], where: str) -> set[str]:
 
 
 def _layer_name(node: fx.Node, weight: str) -> str:
-    # Quantization stores `weight` as `weight_codes`; the layer keeps its name.
-    weight = weight.removesuffix("_codes")
+    # Passes store `weight` as `weight_codes` or `weight_transposed`; the layer keeps its name.
+    weight = weight.removesuffix("_codes").removesuffix("_transposed")
     owner, _, leaf = weight.rpartition(".")
     path = module_path(node)
     if leaf not in ("weight", "weight_orig"):

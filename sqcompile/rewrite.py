@@ -1,10 +1,12 @@
 """How passes edit a program: new nodes get their recorded value, their origin and their source line.
 
-edit = Rewriter(program)
-with edit.before(node):
-codes = edit.call(torch.ops.sqcompile.quantize.default, x, scale, zero, None, None, 0, 255, like=x)
-edit.replace(node, codes)
-edit.finish()
+Example::
+
+    edit = Rewriter(program)
+    with edit.before(node):
+        codes = edit.call(torch.ops.sqcompile.quantize.default, x, scale, zero, None, None, 0, 255, like=x)
+    edit.replace(node, codes)
+    edit.finish()
 """
 
 from __future__ import annotations
@@ -97,8 +99,15 @@ class Rewriter:
         self.changes += 1
 
     def replace(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> None:
-        """Let the users of `old` (all, or those that `only` admits) use `new` instead."""
+        """Let the users of `old` (all, or those that `only` admits) use `new` instead.
+
+        Where `old` is left without users, `new` stands for it from now on: comparisons of programs pair
+        it with the original value of `old`, and not with that of the node which has its name.
+        """
         old.replace_all_uses_with(new, delete_user_cb=only or (lambda user: user is not new))
+        stands_for = old.meta.get("stands_for", None if "origin" in old.meta else old.name)
+        if stands_for is not None and not old.users:
+            new.meta["stands_for"] = stands_for
         self.changes += 1
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
