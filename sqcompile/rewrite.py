@@ -63,7 +63,9 @@ class Rewriter:
             like: The node it stands for: source line and module path are taken from it.
             **kwargs: Its keyword arguments.
         """
-        node: fx.Node = self.graph.call_function(target, args, kwargs)
+        # Named as the tracer names operators: `quantize_1`, where torch.fx would say `quantize_default_1`.
+        name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.describe(node, like)
         node.meta["val"] = infer_node(node, self._mode)
         self.changes += 1

@@ -12,6 +12,7 @@ from sqcompile.evaluate import constant_value
 from sqcompile.layers import Layer, layers_of
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
+from sqcompile.quantization.format import middle_code
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def program_size(program: Program) -> Size:
 
 
 def stored_bits(program: Program) -> dict[str, float]:
-    """Return the declared bits of an element, by name, of every stored tensor of codes and masks."""
+    """Return the declared bits of an element, by name, of every stored tensor of codes and masks.
+
+    A zero point takes as many bits as a code; those of symmetric formats are all the same and take none.
+    """
     bits: dict[str, float] = {}
     for node in program.compute_nodes():
         name = _operator(node)
@@ -66,7 +70,11 @@ def stored_bits(program: Program) -> dict[str, float]:
         if name == "dequantize" and isinstance(source, fx.Node) and source.op == "get_attr":
             qmin, qmax = argument(node, 5), argument(node, 6)
             assert isinstance(qmin, int) and isinstance(qmax, int)
-            bits[str(source.target)] = (qmax - qmin).bit_length()
+            bits[str(source.target)] = width = (qmax - qmin).bit_length()
+            zero = node.args[2]
+            if isinstance(zero, fx.Node) and zero.op == "get_attr":
+                fixed = bool((program.tensor(zero) == middle_code(qmin, qmax)).all())
+                bits[str(zero.target)] = 0 if fixed else width
         elif name == "mask" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
             bits[str(node.args[1].target)] = 1
     return bits

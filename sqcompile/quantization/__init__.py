@@ -20,6 +20,7 @@ from sqcompile.quantization.format import (
     PerToken,
 )
 from sqcompile.quantization.observers import (
+    Fixed,
     HistogramKL,
     HistogramMSE,
     MinMax,
@@ -30,6 +31,7 @@ from sqcompile.quantization.observers import (
 )
 
 __all__ = [
+    "Fixed",
     "Format",
     "Granularity",
     "HistogramKL",

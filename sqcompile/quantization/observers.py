@@ -249,6 +249,41 @@ class HistogramKL(Observer):
         return _KLState(self, format, where)
 
 
+@dataclass(frozen=True)
+class Fixed(Observer):
+    """A range that is known beforehand, such as that of a sigmoid; data does not move it.
+
+    Args:
+        low: Least value.
+        high: Greatest value.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    word: ClassVar[str] = "fixed"
+
+    def __post_init__(self) -> None:
+        _check_option(self, "low", self.low <= self.high, "low <= high")
+
+    def _state(self, format: Format, where: str | None) -> ObserverState:
+        return _FixedState(self, format, where)
+
+
+class _FixedState(ObserverState):
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self._range()
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        pass
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.observer, Fixed)
+        return torch.tensor(self.observer.low), torch.tensor(self.observer.high)
+
+    def _merge(self, other: ObserverState) -> None:
+        pass
+
+
 class _MinMaxState(ObserverState):
     low: Tensor
     high: Tensor
@@ -358,7 +393,7 @@ class _KLState(_HistogramState):
 
 
 OBSERVERS: dict[str, type[Observer]] = {
-    kind.word: kind for kind in (MinMax, MovingAverage, Percentile, HistogramMSE, HistogramKL)
+    kind.word: kind for kind in (MinMax, MovingAverage, Percentile, HistogramMSE, HistogramKL, Fixed)
 }
 
 
