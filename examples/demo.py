@@ -40,8 +40,12 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder of the compiled models")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/demo"), help="folder of the compiled models"
+    )
     parser.add_argument("--runs", type=int, default=20, help="timed calls of each model")
     parser.add_argument("--rows", type=int, default=40, help="rows of 256 held-out tokens to evaluate on")
     options = parser.parse_args()
@@ -54,7 +58,9 @@ def language_model(console: Console, options: argparse.Namespace) -> None:
     folder = HERE / "pycode_llama_5m"
     stored = np.load(folder / "tokens.npz")
     held_out = torch.from_numpy(stored["eval"].astype(np.int64))[: options.rows]
-    calibration = [{"input_ids": rows} for rows in torch.from_numpy(stored["calib"].astype(np.int64))[:32].split(8)]
+    calibration = [
+        {"input_ids": rows} for rows in torch.from_numpy(stored["calib"].astype(np.int64))[:32].split(8)
+    ]
     rows = run(
         console,
         model=folder,
@@ -136,7 +142,9 @@ def run(
 def table(title: str, quality: str, shown: str, rows: list[Row]) -> Table:
     view = Table(title=title, title_justify="left", caption_justify="left")
     for column in ("pipeline", quality, "file", "smaller", "latency", "faster", "where"):
-        view.add_column(column, justify="left" if column in ("pipeline", "where") else "right", overflow="fold")
+        view.add_column(
+            column, justify="left" if column in ("pipeline", "where") else "right", overflow="fold"
+        )
     dense = rows[0]
     for row in rows:
         view.add_row(

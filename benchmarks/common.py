@@ -1,0 +1,51 @@
+"""What every benchmark shares: alternating timing, the environment, JSON output."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sqcompile.report import environment
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], Any]], *, runs: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """Call all in turns, `runs` times each, and return the times in ns, by name.
+
+    Turns let a drift of the machine's speed (neighbours, clock) meet all alike.
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            started = time.perf_counter_ns()
+            call()
+            times[name].append(float(time.perf_counter_ns() - started))
+    return times
+
+
+def median_ratio(base: list[float], other: list[float]) -> float:
+    """Return how many times faster `other` is than `base`: the median of the ratios of each turn."""
+    return statistics.median(first / second for first, second in zip(base, other, strict=True))
+
+
+def spread(times: list[float]) -> str:
+    """Return `median ms (minimum to maximum)`."""
+    low, middle, high = min(times), statistics.median(times), max(times)
+    return f"{middle / 1e6:.3f} ms ({low / 1e6:.3f} to {high / 1e6:.3f})"
+
+
+def write_json(path: Path | None, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Write the rows with CPU, versions and settings, if a path is given."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"benchmark": name, "environment": environment(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
