@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -28,7 +29,8 @@ def infer_node(node: fx.Node, mode: FakeTensorMode) -> Any:
         Exception: Whatever the operator raises on shapes or types that do not fit.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _recorded)
-    with mode, torch.no_grad():
+    # With the dispatcher that torch.export uses, operators such as lstm can be derived on symbolic shapes.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
