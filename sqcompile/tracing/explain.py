@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -130,14 +131,20 @@ def model_line(trace: TracebackType | None, model: nn.Module) -> str | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch's own error logs (half a graph, on stderr) back; TORCH_LOGS still shows them."""
+    """Keep torch's own logs and warnings about tracing back; TORCH_LOGS still shows them.
+
+    What it has to say about an error (half a graph, on stderr), the error says; and that an attribute
+    "was assigned during export" is how pruned modules work.
+    """
     if os.environ.get("TORCH_LOGS"):
         yield
         return
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assigned during export")
+            yield
     finally:
         logging.disable(previous)
 

@@ -165,8 +165,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _flat_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:
     """Return a flat graph without in-place operators or assertions, and the module with its tensors."""
-    module, graph = _copy_graph(exported)
     signature = exported.graph_signature
+    _refuse_mutated_state(exported)
+    module, graph = _copy_graph(exported)
     refuse_random(graph)
     refuse_running_statistics(graph)
     if remove_in_place(graph, {*signature.parameters, *signature.buffers}, fake_mode_in(graph)):
@@ -187,6 +188,12 @@ def _flat_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:
         )
     graph.eliminate_dead_code()
     return module, graph
+
+
+def _refuse_mutated_state(exported: ExportedProgram) -> None:
+    signature = exported.graph_signature
+    mutated = {**signature.buffers_to_mutate, **signature.parameters_to_mutate}
+    refuse_mutated_state(exported.graph_module, mutated)
 
 
 def _copy_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:

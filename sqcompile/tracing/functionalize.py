@@ -8,7 +8,8 @@ rewrites half of the operators.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sqcompile.errors import TraceError
 from sqcompile.infer import infer_node, same_type
+from sqcompile.operators.table import argument
 from sqcompile.text import locate
 
 _aten = torch.ops.aten
@@ -30,6 +32,7 @@ _UNDECLARED_ALIASES = frozenset(
         _aten.einsum.default,
     }
 )
+_DROPOUTS = frozenset({_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default})
 # Tagged as possibly writing or aliasing because of their running statistics; the result is always new.
 _FRESH = frozenset({_aten.batch_norm.default})
 
@@ -52,9 +55,7 @@ def remove_in_place(graph: fx.Graph, state: Collection[str], mode: FakeTensorMod
     for node in list(graph.nodes):
         if not is_in_place(node):
             continue
-        target = node.args[0]
-        assert isinstance(target, fx.Node)
-        shown_by = _aliases(target, order, order[node])
+        target, shown_by = _written(graph, node, order)
         _refuse_writes_to_state(node, shown_by, state)
         if any(order[user] > order[node] for other in shown_by - {target} for user in other.users):
             return False
@@ -83,6 +84,16 @@ def is_in_place(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+def create_call(
+    graph: fx.Graph,
+    target: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """Insert a call named as torch.export names it: `add_1`, where torch.fx would say `add_tensor_1`."""
+    return graph.create_node("call_function", target, args, kwargs, name=target._schema.name.split("::")[1])
+
+
 def refuse_mutated_state(module: fx.GraphModule, mutated: dict[str, str]) -> None:
     """Raise if torch.export's functionalization found writes into parameters or buffers.
 
@@ -98,11 +109,31 @@ def refuse_mutated_state(module: fx.GraphModule, mutated: dict[str, str]) -> Non
         raise _state_error(name, None if node is None else locate(node))
 
 
-def _reads_after(order: dict[fx.Node, int], result: fx.Node):  # type: ignore[no-untyped-def]
+def _reads_after(order: dict[fx.Node, int], result: fx.Node) -> Callable[[fx.Node], bool]:
     def replace(user: fx.Node) -> bool:
         return user is not result and order.get(user, -1) > order[result]
 
     return replace
+
+
+def _written(graph: fx.Graph, node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, set[fx.Node]]:
+    """Return the value that an in-place operator writes into, and all that may share memory with it."""
+    while True:
+        target = node.args[0]
+        assert isinstance(target, fx.Node)
+        shown_by = _aliases(target, order, order[node])
+        same = next((value for value in shown_by if _is_off_dropout(value)), None)
+        if same is None:
+            return target, shown_by
+        # In eval mode dropout returns its argument itself; torch.export's functionalization forgets that.
+        source = same.args[0]
+        assert isinstance(source, fx.Node)
+        same.replace_all_uses_with(source)
+        graph.erase_node(same)
+
+
+def _is_off_dropout(node: fx.Node) -> bool:
+    return node.target in _DROPOUTS and argument(node, 2) is False
 
 
 def _aliases(node: fx.Node, order: dict[fx.Node, int], end: int) -> set[fx.Node]:
@@ -160,7 +191,7 @@ def _out_of_place(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> fx.No
     if not name.endswith("_") or operator is None or operator._schema.is_mutable:
         return None
     with graph.inserting_before(node):
-        result = graph.call_function(operator, node.args, node.kwargs)
+        result = create_call(graph, operator, node.args, node.kwargs)
     result.meta = dict(node.meta)
     # Written in place, a value keeps its type and shape; out of place it may be promoted or broadcast.
     written = node.args[0]

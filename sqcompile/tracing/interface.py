@@ -30,12 +30,14 @@ def signature_of(
     assert in_spec is not None and out_spec is not None
     values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     results = list(next(node for node in graph.nodes if node.op == "output").args[0])
-    symbols = _symbol_names(values, [_named(axes) for axes in dynamic_axes(in_spec, names, dynamic_shapes)])
+    given = [_named(axes) for axes in dynamic_axes(in_spec, names, dynamic_shapes)]
+    symbols = _symbol_names(values, given)
+    chosen = {name for axes in given for name in axes.values()}
     dims: dict[str, tuple[int, int | None]] = {}
     for symbol, limits in exported.range_constraints.items():
         name = symbols.get(str(symbol))
         if name is not None:
-            dims[name] = (max(int(limits.lower), 0), None if limits.upper > 2**62 else int(limits.upper))
+            dims[name] = _bounds(limits, named=name in chosen)
     return Signature(
         inputs=tuple(
             _value(name, value, symbols)
@@ -50,6 +52,13 @@ def signature_of(
         arg_names=tuple(names),
         dims=dims,
     )
+
+
+def _bounds(limits: Any, *, named: bool) -> tuple[int, int | None]:
+    low = max(int(limits.lower), 0)
+    # `Dim.AUTO` and `Dim.DYNAMIC` say "from 2" for what a named `Dim` traces alike and says "from 0" for.
+    low = 0 if low == 2 and not named else low
+    return low, None if limits.upper > 2**62 else int(limits.upper)
 
 
 def _value(name: str, value: Any, symbols: dict[str, str]) -> Value:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from sqcompile.program import Program
+from sqcompile.rewrite import Rewriter
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset({_aten.mul.Tensor, _aten.mul_.Tensor})
@@ -26,28 +27,20 @@ def recognize_masks(program: Program) -> list[str]:
         Names of the masks that were taken over.
     """
     found: list[str] = []
+    edit = Rewriter(program)
     for node in list(program.graph.nodes):
         pair = _masked_weight(program, node)
         if pair is None:
             continue
         weight, mask = pair
-        name = str(mask.target)
-        if program.tensor(name).dtype is not torch.bool:
-            name = _store_boolean(program, mask)
-        with program.graph.inserting_before(node):
-            stored = program.graph.get_attr(name)
-            masked = program.graph.call_function(torch.ops.sqcompile.mask.default, (weight, stored))
-        value = mask.meta["val"]
-        stored.meta["val"] = (
-            value if value.dtype is torch.bool else value.new_empty(value.shape, dtype=torch.bool)
-        )
-        masked.meta = dict(node.meta)
+        stored = _boolean(edit, mask)
+        with edit.before(node):
+            masked = edit.call(torch.ops.sqcompile.mask.default, weight, stored, like=node)
         node.replace_all_uses_with(masked)
-        program.graph.erase_node(node)
-        found.append(name)
+        edit.erase(node)
+        found.append(str(stored.target))
     if found:
-        program.graph.eliminate_dead_code()
-        program.recompile()
+        edit.finish()
     return found
 
 
@@ -75,11 +68,12 @@ def _stored(value: object) -> fx.Node | None:
     return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
-def _store_boolean(program: Program, mask: fx.Node) -> str:
-    name = str(mask.target)
-    boolean = program.tensor(mask) != 0
-    readers = [node for node in program.graph.nodes if node.op == "get_attr" and node.target == name]
-    if any(len(reader.users) > 1 for reader in readers) or len(readers) > 1:
-        name = program.free_name(f"{name}_bool")  # something else reads the numbers too
-    program.set_tensor(name, boolean)
-    return name
+def _boolean(edit: Rewriter, mask: fx.Node) -> fx.Node:
+    """Return the node of the mask as a boolean tensor: the same node, unless others read its numbers."""
+    tensor = edit.program.tensor(mask)
+    if tensor.dtype is torch.bool:
+        return mask
+    if len(mask.users) > 1:
+        return edit.constant(f"{mask.target}_bool", tensor != 0, like=mask)
+    edit.replace_tensor(mask, tensor != 0)
+    return mask

@@ -13,10 +13,11 @@ import torch
 from torch import fx
 
 from sqcompile.errors import TraceError
-from sqcompile.infer import fake_mode_of, fake_tensor, infer_node
 from sqcompile.levels import Level
+from sqcompile.operators.table import argument
 from sqcompile.program import Program
 from sqcompile.quantization.format import storage_dtype
+from sqcompile.rewrite import Rewriter
 from sqcompile.text import locate
 
 _NAMESPACE = "quantized_decomposed::"
@@ -34,6 +35,7 @@ def convert_quantized_decomposed(program: Program) -> int:
     Raises:
         TraceError: If there is one without a counterpart here; the text names it.
     """
+    edit = Rewriter(program)
     count = 0
     for node in list(program.graph.nodes):
         name = operator_name(node)
@@ -41,12 +43,11 @@ def convert_quantized_decomposed(program: Program) -> int:
             continue
         convert = _CONVERSIONS.get(name)
         if convert is None:
-            raise _unsupported(node, name, f"one of {', '.join(sorted(_CONVERSIONS))}")
-        convert(_Rewriter(program, node))
+            raise _unsupported(node, f"{_NAMESPACE}{name}", f"one of {', '.join(sorted(_CONVERSIONS))}")
+        convert(_Call(edit, node))
         count += 1
     if count:
-        program.graph.eliminate_dead_code()
-        program.recompile()
+        edit.finish()
         program.level = Level.QDQ
     return count
 
@@ -59,21 +60,19 @@ def operator_name(node: fx.Node) -> str | None:
     return name.removeprefix(_NAMESPACE) if name.startswith(_NAMESPACE) else None
 
 
-class _Rewriter:
-    """One operator that is being replaced: its arguments by name, and how to make new nodes."""
+class _Call:
+    """One operator that is being replaced: its arguments by name, and what replaces it."""
 
-    def __init__(self, program: Program, node: fx.Node) -> None:
-        self.program = program
+    def __init__(self, edit: Rewriter, node: fx.Node) -> None:
+        self.edit = edit
         self.node = node
-        self._mode = fake_mode_of(program)
         assert isinstance(node.target, torch._ops.OpOverload)
-        self.arguments: dict[str, Any] = {}
-        for index, parameter in enumerate(node.target._schema.arguments):
-            given = node.args[index] if index < len(node.args) else node.kwargs.get(parameter.name)
-            self.arguments[parameter.name] = given
+        names = [parameter.name for parameter in node.target._schema.arguments]
+        self.arguments = {name: argument(node, index) for index, name in enumerate(names)}
 
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
+    def __getitem__(self, names: str) -> Any:
+        """Return an argument by its name, or by the first of `names` that the operator has."""
+        return next((self.arguments[name] for name in names.split("|") if name in self.arguments), None)
 
     def code_range(self) -> tuple[int, int]:
         """Return (qmin, qmax), checking that our storage type for them is the one that was asked for."""
@@ -87,146 +86,92 @@ class _Rewriter:
             )
         return qmin, qmax
 
-    def stored(
-        self, suffix: str, value: Any, dtype: torch.dtype, shape: tuple[int, ...] | None = None
+    def parameter(self, names: str, suffix: str, dtype: torch.dtype, *, scalar: bool) -> fx.Node:
+        """Return the node of a scale or zero point, with our type and shape."""
+        value = self[names]
+        if value is None:  # symmetric formats may leave the zero points out
+            scales = self["scales"]
+            value = torch.zeros(scales.meta["val"].shape)
+        if isinstance(value, fx.Node) and value.op != "get_attr":
+            return self._computed(value, dtype, scalar=scalar)
+        tensor = self.edit.program.tensor(value) if isinstance(value, fx.Node) else torch.as_tensor(value)
+        stored = tensor.detach().to(dtype)
+        stored = stored.reshape(()) if scalar else stored
+        if isinstance(value, fx.Node) and stored.shape == tensor.shape and tensor.dtype is dtype:
+            return value
+        source = self["input"]
+        base = source.target if source.op == "get_attr" else self.node.name
+        return self.edit.constant(f"{base}_{suffix}", stored, like=self.node)
+
+    def replace(
+        self, operator: torch._ops.OpOverload, *args: Any, dtype: torch.dtype | None = None
     ) -> fx.Node:
-        """Return a node of a stored tensor: an argument that is a number, or a stored tensor converted."""
-        if isinstance(value, fx.Node):
-            if value.op != "get_attr":
-                return self._converted(value, dtype)
-            tensor = self.program.tensor(value)
-            if tensor.dtype is dtype and (shape is None or tuple(tensor.shape) == shape):
-                return value
-            tensor = tensor.detach().to(dtype)
-        else:
-            tensor = torch.tensor(value, dtype=dtype)
-        name = self.program.free_name(f"{self._base_name()}_{suffix}")
-        self.program.set_tensor(name, tensor if shape is None else tensor.reshape(shape))
-        with self.program.graph.inserting_before(self.node):
-            node = self.program.graph.get_attr(name)
-        node.meta["val"] = fake_tensor(self.program.tensor(name), self._mode)
-        return node
-
-    def replace(self, operator: torch._ops.OpOverload, *args: Any, dtype: torch.dtype | None = None) -> None:
         """Put `operator(*args)` in the node's place, converted to `dtype` if that is another one."""
-        new = self.call(operator, *args)
-        if dtype is not None and new.meta["val"].dtype is not dtype:
-            new = self.call(torch.ops.aten.to.dtype, new, dtype)
+        with self.edit.before(self.node):
+            new = self.edit.call(operator, *args, like=self.node)
+            if dtype is not None and new.meta["val"].dtype is not dtype:
+                new = self.edit.call(torch.ops.aten.to.dtype, new, dtype, like=self.node)
         self.node.replace_all_uses_with(new)
-        self.program.graph.erase_node(self.node)
-
-    def call(self, operator: torch._ops.OpOverload, *args: Any) -> fx.Node:
-        """Insert a call before the node, with the node's origin and its own recorded value."""
-        with self.program.graph.inserting_before(self.node):
-            new = self.program.graph.call_function(operator, args)
-        new.meta = {key: value for key, value in self.node.meta.items() if key not in ("val", "tensor_meta")}
-        self.record(new)
+        self.edit.erase(self.node)
         return new
 
-    def record(self, node: fx.Node) -> None:
-        """Record the value that a node has now."""
-        node.meta.pop("tensor_meta", None)
-        node.meta["val"] = infer_node(node, self._mode)
-
-    def _converted(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-        recorded = value.meta.get("val")
-        if isinstance(recorded, torch.Tensor) and recorded.dtype is dtype:
-            return value
-        return self.call(torch.ops.aten.to.dtype, value, dtype)
+    def _computed(self, value: fx.Node, dtype: torch.dtype, *, scalar: bool) -> fx.Node:
+        with self.edit.before(self.node):
+            if value.meta["val"].dtype is not dtype:
+                value = self.edit.call(torch.ops.aten.to.dtype, value, dtype, like=self.node)
+            if scalar and value.meta["val"].dim() > 0:
+                value = self.edit.call(torch.ops.aten.reshape.default, value, [], like=self.node)
+        return value
 
     def _number(self, name: str) -> int:
         value = self[name]
-        if isinstance(value, fx.Node):  # the overload `tensor2` stores even the range in tensors
-            return int(self.program.tensor(value).item())
-        return int(value)
-
-    def _base_name(self) -> str:
-        value = self["input"]
-        return str(value.target) if isinstance(value, fx.Node) and value.op == "get_attr" else self.node.name
+        # The overload `tensor2` stores even the range in tensors.
+        return int(self.edit.program.tensor(value).item() if isinstance(value, fx.Node) else value)
 
 
-def _quantize(rewriter: _Rewriter, axis: int | None, group_size: int | None) -> None:
-    qmin, qmax = rewriter.code_range()
-    scale, zero_point = _parameters(rewriter, axis)
-    rewriter.replace(
-        torch.ops.sqcompile.quantize.default,
-        rewriter["input"],
-        scale,
-        zero_point,
-        axis,
-        group_size,
-        qmin,
-        qmax,
-    )
+def _convert(call: _Call, operator: torch._ops.OpOverload, axis: int | None, group_size: int | None) -> None:
+    qmin, qmax = call.code_range()
+    scale = call.parameter("scale|scales", "scale", torch.float32, scalar=axis is None)
+    zero_point = call.parameter("zero_point|zero_points", "zero_point", torch.int32, scalar=axis is None)
+    dtype = call["out_dtype|output_dtype"]
+    call.replace(operator, call["input"], scale, zero_point, axis, group_size, qmin, qmax, dtype=dtype)
 
 
-def _dequantize(rewriter: _Rewriter, axis: int | None, group_size: int | None) -> None:
-    qmin, qmax = rewriter.code_range()
-    scale, zero_point = _parameters(rewriter, axis)
-    dtype = rewriter.arguments.get("out_dtype") or rewriter.arguments.get("output_dtype")
-    rewriter.replace(
-        torch.ops.sqcompile.dequantize.default,
-        rewriter["input"],
-        scale,
-        zero_point,
-        axis,
-        group_size,
-        qmin,
-        qmax,
-        dtype=dtype,
-    )
+def _quantize(call: _Call, axis: int | None, group_size: int | None) -> None:
+    _convert(call, torch.ops.sqcompile.quantize.default, axis, group_size)
 
 
-def _parameters(rewriter: _Rewriter, axis: int | None) -> tuple[fx.Node, fx.Node]:
-    """Return the nodes of scale (float32) and zero point (int32), of the shape that the granularity has."""
-    arguments = rewriter.arguments
-    # Per tensor, a stored scale may have one element and any shape; ours is a scalar.
-    shape = () if axis is None else None
-    scale = rewriter.stored("scale", arguments.get("scale", arguments.get("scales")), torch.float32, shape)
-    zero = arguments.get("zero_point", arguments.get("zero_points"))
-    if zero is None:
-        zero = torch.zeros(scale.meta["val"].shape).tolist()
-    zero_point = rewriter.stored("zero_point", zero, torch.int32, shape)
-    if axis is None:
-        scale, zero_point = (_scalar(rewriter, value) for value in (scale, zero_point))
-    return scale, zero_point
+def _dequantize(call: _Call, axis: int | None, group_size: int | None) -> None:
+    _convert(call, torch.ops.sqcompile.dequantize.default, axis, group_size)
 
 
-def _scalar(rewriter: _Rewriter, value: fx.Node) -> fx.Node:
-    if value.meta["val"].dim() == 0:
-        return value
-    return rewriter.call(torch.ops.aten.reshape.default, value, [])
-
-
-def _choose(rewriter: _Rewriter, symmetric: bool) -> None:
-    qmin, qmax = rewriter.code_range()
-    users = list(rewriter.node.users)
-    rewriter.replace(
-        torch.ops.sqcompile.dynamic_scale.default, rewriter["input"], None, None, qmin, qmax, symmetric
-    )
-    for user in users:  # getitem: the recorded values were of float64 [1] and int64 [1]
-        rewriter.record(user)
+def _choose(call: _Call, *, symmetric: bool) -> None:
+    qmin, qmax = call.code_range()
+    users = list(call.node.users)
+    call.replace(torch.ops.sqcompile.dynamic_scale.default, call["input"], None, None, qmin, qmax, symmetric)
+    for user in users:  # getitem: what it recorded was float64 [1] or int64 [1]
+        call.edit.infer(user)
 
 
 def _unsupported(node: fx.Node, seen: str, expected: str) -> TraceError:
     return TraceError(
         "The program holds a quantized operator that has no counterpart here.",
         where=locate(node),
-        seen=f"{_NAMESPACE}{seen}" if "codes" not in seen else seen,
+        seen=seen,
         expected=expected,
         next_step="hand in the float model, and quantize it with sqcompile's own passes",
     )
 
 
-_CONVERSIONS: dict[str, Callable[[_Rewriter], None]] = {
-    "quantize_per_tensor": lambda r: _quantize(r, None, None),
-    "dequantize_per_tensor": lambda r: _dequantize(r, None, None),
-    "quantize_per_channel": lambda r: _quantize(r, r["axis"], None),
-    "dequantize_per_channel": lambda r: _dequantize(r, r["axis"], None),
-    "quantize_per_channel_group": lambda r: _quantize(r, -1, r["group_size"]),
-    "dequantize_per_channel_group": lambda r: _dequantize(r, -1, r["group_size"]),
-    "quantize_per_token": lambda r: _quantize(r, -1, -1),
-    "dequantize_per_token": lambda r: _dequantize(r, -1, -1),
-    "choose_qparams": lambda r: _choose(r, symmetric=False),
-    "choose_qparams_symmetric": lambda r: _choose(r, symmetric=True),
+_CONVERSIONS: dict[str, Callable[[_Call], None]] = {
+    "quantize_per_tensor": lambda call: _quantize(call, None, None),
+    "dequantize_per_tensor": lambda call: _dequantize(call, None, None),
+    "quantize_per_channel": lambda call: _quantize(call, call["axis"], None),
+    "dequantize_per_channel": lambda call: _dequantize(call, call["axis"], None),
+    "quantize_per_channel_group": lambda call: _quantize(call, -1, call["group_size"]),
+    "dequantize_per_channel_group": lambda call: _dequantize(call, -1, call["group_size"]),
+    "quantize_per_token": lambda call: _quantize(call, -1, -1),
+    "dequantize_per_token": lambda call: _dequantize(call, -1, -1),
+    "choose_qparams": lambda call: _choose(call, symmetric=False),
+    "choose_qparams_symmetric": lambda call: _choose(call, symmetric=True),
 }

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sqcompile.operators.table import argument
+from sqcompile.tracing.functionalize import create_call
 
 _aten = torch.ops.aten
 _Call = tuple[torch._ops.OpOverload, tuple[Any, ...]]
@@ -31,7 +32,7 @@ def recompose(graph: fx.Graph) -> int:
         # Of several results only the first survives; the rule made sure that no other is read.
         replaced = next(iter(node.users)) if isinstance(node.meta.get("val"), (tuple, list)) else node
         with graph.inserting_before(node):
-            new = graph.call_function(*call)
+            new = create_call(graph, *call)
         new.meta = {**node.meta, "val": replaced.meta.get("val")}
         replaced.replace_all_uses_with(new)
         for old in dict.fromkeys((replaced, node)):
