@@ -1,0 +1,70 @@
+"""ONNX Runtime: Program -> ONNX -> session.
+
+selection/       which of ONNX Runtime's forms each layer takes, decided on the graph
+operators.py     those forms as operators that run in PyTorch; packing.py: MatMulNBits' weights
+translations.py  each of them as an ONNX operator
+lower.py         selection, torch's exporter, then cleanup.py, compact.py, saturation.py
+artifact.py      the model, in memory and in files
+session.py       the model, loaded
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import fx
+
+from sqcompile.backend import Artifact, Backend, Session
+from sqcompile.errors import BackendError
+from sqcompile.program import Program
+
+
+class OnnxRuntimeBackend(Backend):
+    """Lowers programs to ONNX models and runs them in ONNX Runtime."""
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def supports(self, program: Program, node: fx.Node) -> str | None:
+        """Return None if the node can become ONNX, else the reason why not."""
+        from sqcompile.backends.onnxruntime.support import reason_against
+
+        return reason_against(node)
+
+    def lower(self, program: Program) -> Artifact:
+        """Lower a program to an ONNX model.
+
+        Raises:
+            UnsupportedError: If it holds operators that ONNX cannot express; all are listed.
+            BackendError: If the exporter fails.
+        """
+        from sqcompile.backends.onnxruntime.lower import lower
+
+        self.require_support(program)
+        return lower(program)
+
+    def load(self, source: Artifact | Path, *, threads: int | None = None) -> Session:
+        """Load an ONNX model, from memory or from its file.
+
+        Args:
+            source: The artifact, or the path of the `.onnx` file.
+            threads: Threads within an operator; None leaves the choice to ONNX Runtime.
+
+        Raises:
+            FileError: If the file is missing, damaged, or another tool's.
+            BackendError: If the runtime refuses the model.
+        """
+        from sqcompile.backends.onnxruntime.artifact import OnnxArtifact
+        from sqcompile.backends.onnxruntime.session import load
+
+        if isinstance(source, Artifact) and not isinstance(source, OnnxArtifact):
+            raise BackendError(
+                "The artifact belongs to another backend.",
+                seen=type(source).__name__,
+                expected=OnnxArtifact.__name__,
+                next_step="load it with the backend that lowered it",
+            )
+        return load(source, threads)
+
+
+BACKEND = OnnxRuntimeBackend()

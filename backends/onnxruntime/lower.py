@@ -1,0 +1,82 @@
+"""Program -> ONNX, through torch's exporter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import onnx_ir as ir
+import torch
+
+from sqcompile.backends.onnxruntime import cleanup, compact, saturation
+from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
+from sqcompile.backends.onnxruntime.selection import select
+from sqcompile.backends.onnxruntime.translations import OPSET, TABLE
+from sqcompile.errors import BackendError
+from sqcompile.program import Program
+from sqcompile.text import symbol_names
+
+_LARGEST_IR_VERSION = 10
+"""The file format that belongs to opset 21; runtimes older than the exporter read no later one."""
+
+
+def lower(program: Program) -> OnnxArtifact:
+    """Lower a program to ONNX: choose the form of each layer, export, clean up, guard against saturation.
+
+    Raises:
+        BackendError: If the exporter fails.
+    """
+    selected, notes = select(program)
+    model = _export(selected)
+    cleanup.clean(model, program.signature, symbol_names(program))
+    compact.store_few_bits(model)
+    guarded = saturation.guard(model)
+    if guarded:
+        notes.append(f"{guarded} int8 weights choose their form at load, so that no CPU saturates")
+    model.producer_name = "sqcompile"
+    model.producer_version = version("sqcompile")
+    model.ir_version = min(model.ir_version, _LARGEST_IR_VERSION)
+    model.metadata_props[SIGNATURE] = program.signature.to_json()
+    return OnnxArtifact(model, program.signature, notes)
+
+
+def _export(program: Program) -> ir.Model:
+    try:
+        exported = program.to_exported_program()
+        with _quiet(), torch.no_grad():
+            result = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+                custom_translation_table=TABLE,
+            )
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise BackendError(
+            "The program cannot be exported to ONNX.",
+            where="torch.onnx.export",
+            seen=f"{type(cause).__name__}: {_first_line(str(cause))}",
+            next_step="compile with backend='reference', or leave out the operator that is named above",
+        ) from error
+    assert result is not None
+    return result.model
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks about packages that are not installed out of the user's terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

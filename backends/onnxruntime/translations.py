@@ -1,0 +1,107 @@
+"""The table of translations: `torch.ops.sqcompile_ort.*`, one ONNX operator each.
+
+Beside them stands the one ATen operator whose translation by torch's exporter differs from PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset21, values
+
+from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers torch.ops.sqcompile_ort
+
+OPSET = 21
+"""Standard operators: the first version with blocked DequantizeLinear and 4-bit integers."""
+
+CONTRIB = values.Opset("com.microsoft", 1)
+
+ort = torch.ops.sqcompile_ort
+op: Any = opset21
+contrib: Any = CONTRIB
+
+
+def quantize_linear(x: Any, scale: Any, zero_point: Any, axis: int | None, block_size: int | None) -> Any:
+    """QuantizeLinear; the type of the zero point is the type of the codes."""
+    return op.QuantizeLinear(x, scale, zero_point, **_granularity(axis, block_size))
+
+
+def dequantize_linear(
+    codes: Any, scale: Any, zero_point: Any, axis: int | None, block_size: int | None
+) -> Any:
+    """DequantizeLinear."""
+    if zero_point is None:
+        return op.DequantizeLinear(codes, scale, **_granularity(axis, block_size))
+    return op.DequantizeLinear(codes, scale, zero_point, **_granularity(axis, block_size))
+
+
+def dynamic_quantize_linear(x: Any) -> Any:
+    """DynamicQuantizeLinear."""
+    return op.DynamicQuantizeLinear(x)
+
+
+def matmul_integer(a: Any, b: Any, a_zero_point: Any, b_zero_point: Any) -> Any:
+    """MatMulInteger."""
+    if b_zero_point is None:
+        return op.MatMulInteger(a, b, a_zero_point)
+    return op.MatMulInteger(a, b, a_zero_point, b_zero_point)
+
+
+def matmul_nbits(
+    x: Any,
+    packed: Any,
+    scales: Any,
+    zero_points: Any,
+    bias: Any,
+    columns: int,
+    outputs: int,
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+) -> Any:
+    """com.microsoft.MatMulNBits; its fifth input, an index of groups, stays empty."""
+    inputs = [x, packed, scales]
+    if zero_points is not None or bias is not None:
+        inputs.append(zero_points)
+    if bias is not None:
+        inputs += [None, bias]
+    return contrib.MatMulNBits(
+        *inputs, K=columns, N=outputs, bits=bits, block_size=block_size, accuracy_level=accuracy_level
+    )
+
+
+def gather_block_quantized(
+    packed: Any, indices: Any, scales: Any, zero_points: Any, bits: int, block_size: int
+) -> Any:
+    """com.microsoft.GatherBlockQuantized over rows, with blocks along them."""
+    inputs = [packed, indices, scales] if zero_points is None else [packed, indices, scales, zero_points]
+    return contrib.GatherBlockQuantized(
+        *inputs, bits=bits, block_size=block_size, gather_axis=0, quantize_axis=1
+    )
+
+
+def global_average_pool(x: Any) -> Any:
+    """GlobalAveragePool."""
+    return op.GlobalAveragePool(x)
+
+
+def _granularity(axis: int | None, block_size: int | None) -> dict[str, int]:
+    attributes: dict[str, int] = {}
+    if axis is not None:
+        attributes["axis"] = axis
+    if block_size is not None:
+        attributes["block_size"] = block_size
+    return attributes
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    ort.quantize_linear.default: quantize_linear,
+    ort.dequantize_linear.default: dequantize_linear,
+    ort.dynamic_quantize_linear.default: dynamic_quantize_linear,
+    ort.matmul_integer.default: matmul_integer,
+    ort.matmul_nbits.default: matmul_nbits,
+    ort.gather_block_quantized.default: gather_block_quantized,
+    ort.global_average_pool.default: global_average_pool,
+}
