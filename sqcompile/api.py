@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -14,13 +14,15 @@ from torch.export import ExportedProgram
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
 from sqcompile.calibration import Calibration, as_call
 from sqcompile.compare import compare_layers
+from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
 from sqcompile.files import require_file
+from sqcompile.input_spec import with_dims
 from sqcompile.measure import measure_latency
 from sqcompile.metrics import Distance, output_distance
 from sqcompile.models import folder_dynamic_shapes, load_model, model_name
 from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, parse_pipeline
-from sqcompile.pipeline.manager import Verify
+from sqcompile.pipeline.manager import Instrument, Verify
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Report, environment, layer_rows
@@ -28,7 +30,10 @@ from sqcompile.saving import SUFFIXES, save_compiled
 from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
 from sqcompile.tracing import trace
-from sqcompile.tracing.export import Inputs, normalize_inputs
+from sqcompile.tracing.inputs import Inputs, argument_names, normalize_inputs
+
+if TYPE_CHECKING:
+    from sqcompile.recipe import Recipe
 
 Model = nn.Module | ExportedProgram | fx.GraphModule | Program | str | Path
 
@@ -112,7 +117,7 @@ class LazyCompiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compile at the first call, and run."""
         if self._compiled is None:
-            compiled = compile(self._model, example_inputs=(args, kwargs), **self._options)
+            compiled = compile(self._model, **{**self._options, "example_inputs": (args, kwargs)})
             assert isinstance(compiled, Compiled)
             self._compiled = compiled
         return self._compiled(*args, **kwargs)
@@ -132,9 +137,9 @@ class LazyCompiled:
 
 def compile(
     model: Model,
-    passes: Sequence[Pass | str] | str | Path = (),
+    passes: Sequence[Pass | str] | str | Path | Recipe = (),
     example_inputs: Any = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | Path | DataFile | None = None,
     dynamic_shapes: Any = None,
     backend: str = "auto",
     *,
@@ -144,20 +149,22 @@ def compile(
     verify: Verify = "each",
     threads: int | None = None,
     progress: Progress | None = None,
+    instruments: Sequence[Instrument] = (),
 ) -> Compiled | LazyCompiled:
     """Compile a model: trace it, run passes over it, check every one, and lower it to a backend.
 
     Args:
         model: A module, an exported program, an FX graph module, a program, the folder of a Hugging
             Face model, or a `.pt2` file. It is not modified.
-        passes: Passes in order: objects, or their text; a whole pipeline as one text; or the path of a
-            recipe (`.yaml`).
+        passes: Passes in order: objects, or their text; a whole pipeline as one text; or a recipe or
+            its path (`.yaml`), which then also says whatever is left at its default here.
         example_inputs: A tuple (positional), a dict (keyword), a pair (tuple, dict), or one tensor.
             Without any, the first calibration batch is taken, else `model.dummy_inputs`; else the model
             is compiled at its first call.
-        calibration: Batches, each in one of these forms too.
-        dynamic_shapes: As `torch.export.export` takes it. Folders of Hugging Face models get a dynamic
-            batch and sequence by themselves.
+        calibration: Batches, each in one of these forms too; or a data file (`.npz`, `.npy`, `.txt`).
+        dynamic_shapes: As `torch.export.export` takes it, or names: `{"x": {0: "batch"}}`. Folders of
+            Hugging Face models get a dynamic batch and sequence by themselves, and modules with a data
+            file a dynamic batch, unless they fix it.
         backend: `auto`, `onnxruntime` or `reference`.
         seed: Seed of everything random.
         max_memory: Cap on resident memory for passes that can obey one: bytes, or text such as `8GB`.
@@ -165,6 +172,7 @@ def compile(
         verify: `each` (check structure and numbers after every pass), `ends`, or `off`.
         threads: Threads within an operator of the session.
         progress: Where long work reports; silent by default.
+        instruments: Called after each pass with the pass and the programs before and after it.
 
     Returns:
         The compiled model.
@@ -174,6 +182,7 @@ def compile(
     """
     options = {
         "passes": passes,
+        "example_inputs": example_inputs,
         "calibration": calibration,
         "dynamic_shapes": dynamic_shapes,
         "backend": backend,
@@ -183,22 +192,24 @@ def compile(
         "verify": verify,
         "threads": threads,
         "progress": progress,
+        "instruments": instruments,
     }
+    recipe = as_recipe(passes)
+    if recipe is not None:
+        return compile(model, **recipe.fill(options))
     clock = _Clock()
     progress = progress or SilentProgress()
     pipeline = resolve_passes(passes)
     target = None if backend == "auto" else get_backend(backend)
     loaded = load_model(model)
-    batches = _readable(calibration)
+    batches = _readable(open_data(calibration, loaded, model))
     inputs = find_inputs(loaded, example_inputs, batches)
     if inputs is None:
         assert isinstance(loaded, nn.Module)
         return LazyCompiled(loaded, options)
-    if dynamic_shapes is None and isinstance(model, (str, Path)) and isinstance(loaded, nn.Module):
-        dynamic_shapes = folder_dynamic_shapes(loaded, inputs)
     progress.note(f"tracing {model_name(loaded)}")
     with clock.stage("trace"):
-        program = trace_any(loaded, inputs, dynamic_shapes)
+        program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
     original = program.snapshot()
     data = None if batches is None else Calibration(batches, program.signature)
     check_batch = _check_batch(program.signature, inputs, data)
@@ -209,7 +220,13 @@ def compile(
         work_dir=None if work_dir is None else Path(work_dir),
         progress=progress,
     )
-    manager = PassManager(pipeline, check_batches=check_batch, verify=verify, dump_dir=context.work_dir)
+    manager = PassManager(
+        pipeline,
+        check_batches=check_batch,
+        verify=verify,
+        instruments=instruments,
+        dump_dir=context.work_dir,
+    )
     with clock.stage("passes"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         records = manager.run(program, context)
@@ -254,7 +271,9 @@ def load(path: str | Path, threads: int | None = None) -> Session:
     """
     path = Path(path)
     if path.is_dir():
-        path = path / "model.onnx"
+        path = next(
+            (file for suffix in SUFFIXES if (file := path / f"model{suffix}").is_file()), path / "model.onnx"
+        )
     require_file(path, "artifact")
     if path.suffix not in SUFFIXES:
         raise FileError(
@@ -267,16 +286,27 @@ def load(path: str | Path, threads: int | None = None) -> Session:
     return get_backend(SUFFIXES[path.suffix]).load(path, threads=threads)
 
 
-def resolve_passes(passes: Sequence[Pass | str] | str | Path) -> list[Pass]:
-    """Return passes as objects, from objects, texts, a pipeline's text, or the path of a recipe.
+def as_recipe(passes: object) -> Recipe | None:
+    """Return the recipe that `passes` is, or is the path of; None if it is something else.
 
     Raises:
-        RecipeError: If a text names no pass, or a recipe is wrong.
+        RecipeError: If the recipe is wrong.
     """
-    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith((".yaml", ".yml"))):
-        from sqcompile.recipe import Recipe
+    from sqcompile.recipe import Recipe
 
-        return list(Recipe.load(Path(passes)).passes)
+    if isinstance(passes, Recipe):
+        return passes
+    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith((".yaml", ".yml"))):
+        return Recipe.load(passes)
+    return None
+
+
+def resolve_passes(passes: Any) -> list[Pass]:
+    """Return passes as objects, from objects, texts, or a pipeline's text.
+
+    Raises:
+        RecipeError: If a text names no pass.
+    """
     if isinstance(passes, str):
         return parse_pipeline(passes)
     found: list[Pass] = []
@@ -316,11 +346,47 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
     return None
 
 
-def trace_any(model: Any, inputs: Inputs, dynamic_shapes: Any) -> Program:
-    """Trace a module; take programs and exported programs as they are."""
+def open_data(calibration: Any, model: object, source: object) -> Any:
+    """Open calibration data that lies in a file; return anything else as it is.
+
+    Raises:
+        FileError: If the file cannot be read.
+        CalibrationError: If it does not fit the model.
+    """
+    if isinstance(calibration, (str, Path)):
+        calibration = DataFile(str(calibration))
+    if isinstance(calibration, DataFile):
+        return calibration.open(model, source if isinstance(source, (str, Path)) else None)
+    return calibration
+
+
+def trace_any(
+    model: Any, inputs: Inputs, dynamic_shapes: Any, *, source: object = None, data: object = None
+) -> Program:
+    """Trace a module; take programs and exported programs as they are.
+
+    Args:
+        model: The model.
+        inputs: Example inputs.
+        dynamic_shapes: As `compile` takes it.
+        source: What `compile` was given as the model; folders get dynamic shapes by themselves.
+        data: Calibration data; with a file's, the batch is dynamic unless the model fixes it.
+    """
     if isinstance(model, (Program, ExportedProgram)):
         return trace(model)
-    return trace(model, inputs, dynamic_shapes=dynamic_shapes)
+    names = [*argument_names(model)[: len(inputs[0])], *inputs[1]]
+    if dynamic_shapes is not None:
+        return trace(model, inputs, dynamic_shapes=with_dims(dynamic_shapes, names))
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return trace(model, inputs, dynamic_shapes=folder_dynamic_shapes(model, inputs))
+    if isinstance(data, Batches):
+        try:
+            return trace(
+                model, inputs, dynamic_shapes=with_dims({name: {0: "batch"} for name in names}, names)
+            )
+        except InputError:
+            pass  # the model fixes its batch size, or the inputs are wrong, which is raised below
+    return trace(model, inputs)
 
 
 def choose_backend(program: Program) -> tuple[Backend, str]:

@@ -89,6 +89,8 @@ class PassError(Error):
 class PassOptionError(PassError):
     """A pass was given an option that it does not have, or a value out of range."""
 
+    exit_code = 2
+
 
 class PassContractError(PassError):
     """A pass broke its contract: it misreported a change, wrote into a tensor, or changed the interface."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch.export import ExportedProgram
 
 from sqcompile.errors import FileError, TraceError, did_you_mean
 from sqcompile.files import require_file
+from sqcompile.modules import failing_line, import_module
 from sqcompile.program import Program
 
 
@@ -138,24 +136,10 @@ def _load_folder(path: Path) -> nn.Module:
 
 def _call_factory(text: str) -> Any:
     location, _, name = text.rpartition(":")
-    try:
-        if location.endswith(".py"):
-            require_file(Path(location), "module")
-            spec = importlib.util.spec_from_file_location(Path(location).stem, location)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(Path(location).stem, module)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(location)
-    except ImportError as error:
-        raise FileError(
-            f"The module '{location}' cannot be imported.",
-            where=text,
-            seen=str(error),
-            next_step="check the name",
-        ) from error
+    module = import_module(location)
     factory = getattr(module, name, None)
+    if isinstance(factory, nn.Module):
+        return factory.eval()
     if not callable(factory):
         raise FileError(
             f"'{location}' has no function '{name}'.",
@@ -163,7 +147,16 @@ def _call_factory(text: str) -> Any:
             seen=name,
             next_step=did_you_mean(name, [n for n in dir(module) if not n.startswith("_")]),
         )
-    model = factory()
+    try:
+        model = factory()
+    except Exception as error:
+        raise TraceError(
+            f"'{name}' in '{location}' fails to make the model.",
+            where=failing_line(error, location),
+            seen=f"{type(error).__name__}: {error}",
+            expected="a function without arguments that returns a torch.nn.Module",
+            next_step=f"call {name}() in Python, and correct it",
+        ) from error
     return model.eval() if isinstance(model, nn.Module) else model
 
 

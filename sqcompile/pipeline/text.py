@@ -2,33 +2,47 @@
 
 The grammar, which recipes, the command line and logs share:
 
-    pipeline = pass ("," pass)*
-    pass     = name [ "{" option ("," option)* "}" ]
+    pipeline = item ("," item)*
+    item     = name [ "{" option ("," option)* "}" ]
     option   = name "=" value
     value    = "[" value ("," value)* "]"            a list
              | "{" key ":" value ("," …)* "}"        a table, by pattern
              | '"' … '"' | number | true | false | none | bare text
 
-Options are written with dashes and stand for fields with underscores.
+A name is that of a pass, or of a named pipeline (`int8-static`), which stands for its passes. Options
+are written with dashes and stand for fields with underscores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sqcompile.errors import Error, PassOptionError, RecipeError, did_you_mean
 from sqcompile.pipeline.contract import _REGISTRY, Pass, option_fields
+
+NamedPipeline = Callable[..., list[Pass]]
+"""A function whose keyword arguments are options, and which returns passes in order."""
 
 
 def registry() -> dict[str, type[Pass]]:
     """Return every known pass class by its text name, ours and those that users have defined."""
     importlib.import_module("sqcompile.passes")
     return dict(sorted(_REGISTRY.items()))
+
+
+def named_pipelines() -> dict[str, NamedPipeline]:
+    """Return the pipelines that have a name, such as `int8-static`: functions that return passes."""
+    try:
+        module = importlib.import_module("sqcompile.passes.pipelines")
+    except ModuleNotFoundError:
+        return {}
+    return {name.replace("_", "-"): function for name, function in sorted(module.PIPELINES.items())}
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -44,10 +58,18 @@ def find_pass(name: str) -> type[Pass]:
     for kind in known.values():
         if kind.__name__ == name.strip():
             return kind
+    if key in named_pipelines():
+        raise RecipeError(
+            f"'{key}' is a pipeline of several passes, and one pass is wanted here.",
+            seen=name.strip(),
+            expected="the name of one pass",
+            next_step=f"see what it holds with: sqcompile passes {key}",
+        )
     raise RecipeError(
         f"There is no pass '{name.strip()}'.",
         seen=name.strip(),
-        next_step=did_you_mean(key, known) + " `sqcompile passes` lists all",
+        expected="the name of a pass or of a pipeline",
+        next_step=did_you_mean(key, [*known, *named_pipelines()]) + " `sqcompile passes` lists all",
     )
 
 
@@ -68,35 +90,36 @@ def pipeline_text(passes: Iterable[Pass]) -> str:
 
 
 def parse_pipeline(text: str) -> list[Pass]:
-    """Read a pipeline from text.
+    """Read a pipeline from text; named pipelines in it are replaced by their passes.
 
     Raises:
         RecipeError: On a syntax error or an unknown pass.
         PassOptionError: On an unknown option or a value of the wrong type.
     """
-    return [parse_pass(part) for part in _split(text, ",") if part.strip()]
+    passes: list[Pass] = []
+    for part in _split(text, ","):
+        if part.strip():
+            passes += make_passes(*_parse_item(part))
+    return passes
 
 
 def parse_pass(text: str) -> Pass:
     """Read one pass from text."""
-    text = text.strip()
-    name, brace, rest = text.partition("{")
-    if brace and not rest.endswith("}"):
-        raise RecipeError(f"'{text}' lacks the closing brace.", seen=text, expected="name{option=value}")
-    options: dict[str, Any] = {}
-    for part in _split(rest[:-1], ",") if brace else []:
-        if not part.strip():
-            continue
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise RecipeError(
-                f"'{part.strip()}' is no option.",
-                seen=text,
-                expected="option=value",
-                next_step="add '=value'",
-            )
-        options[key.strip()] = parse_value(value.strip())
-    return make_pass(name, options)
+    return make_pass(*_parse_item(text))
+
+
+def make_passes(name: str, options: Mapping[str, Any]) -> list[Pass]:
+    """Build a pass, or the passes of a named pipeline, from plain option values.
+
+    Raises:
+        RecipeError: If there is neither a pass nor a pipeline of that name.
+        PassOptionError: If it has no such option, or the value does not fit.
+    """
+    key = name.strip().replace("_", "-")
+    pipeline = named_pipelines().get(key)
+    if pipeline is None:
+        return [make_pass(name, options)]
+    return list(pipeline(**_read_options(f"pipeline {key}", pipeline_options(pipeline), options)))
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -108,17 +131,65 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     """
     kind = find_pass(name)
     hints = typing.get_type_hints(kind)
-    fields = {option.name: option for option in option_fields(kind)}
+    fields = option_fields(kind)
+    values = _read_options(f"pass {kind.name}", {field.name: hints[field.name] for field in fields}, options)
+    for field in fields:
+        if field.name not in values and _default(field) is dataclasses.MISSING:
+            raise PassOptionError(
+                f"Pass {kind.name} needs the option '{_dashed(field.name)}'.",
+                where=f"pass {kind.name}",
+                seen="no value for it",
+                expected=type_text(hints[field.name]),
+                next_step=f"write {kind.name}{{{_dashed(field.name)}=…}}",
+            )
+    return kind(**values)
+
+
+def pipeline_options(pipeline: NamedPipeline) -> dict[str, Any]:
+    """Return the options of a named pipeline: name -> type."""
+    hints = typing.get_type_hints(pipeline)
+    return {name: hints.get(name, Any) for name in inspect.signature(pipeline).parameters}
+
+
+def _parse_item(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `name{option=value,…}` into the name and its options."""
+    text = text.strip()
+    name, brace, rest = text.partition("{")
+    if brace and not rest.endswith("}"):
+        raise RecipeError(f"'{text}' lacks the closing brace.", seen=text, expected="name{option=value}")
+    options: dict[str, Any] = {}
+    for part in _split(rest[:-1], ",") if brace else []:
+        if not part.strip():
+            continue
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals:
+            raise RecipeError(
+                f"'{part.strip()}' is no option.",
+                seen=text,
+                expected="option=value",
+                next_step="add '=value'; a list is written in brackets, option=[a,b]",
+            )
+        if key in options:
+            raise RecipeError(
+                f"Option '{key}' is given twice.", where=name, seen=text, next_step="leave one of the two"
+            )
+        options[key] = parse_value(value.strip())
+    return name, options
+
+
+def _read_options(owner: str, hints: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `owner` (`pass fold-batch-norm`) as fields with values of their types."""
     values: dict[str, Any] = {}
     for key, value in options.items():
         field = key.replace("-", "_")
-        if field not in fields:
+        if field not in hints:
             raise PassOptionError(
-                f"Pass {kind.name} has no option '{key}'.",
-                where=f"pass {kind.name}",
+                f"{owner[0].upper()}{owner[1:]} has no option '{key}'.",
+                where=owner,
                 seen=key,
-                expected=", ".join(name.replace("_", "-") for name in fields) or "no options",
-                next_step=did_you_mean(key, [name.replace("_", "-") for name in fields]),
+                expected=", ".join(map(_dashed, hints)) or "no options",
+                next_step=did_you_mean(key, list(map(_dashed, hints))),
             )
         try:
             values[field] = coerce(value, hints[field])
@@ -126,13 +197,17 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
             raise
         except (TypeError, ValueError) as error:
             raise PassOptionError(
-                f"Option '{key}' of {kind.name} cannot take this value.",
-                where=f"pass {kind.name}",
-                seen=f"{key}={value!r} ({error})",
+                f"Option '{key}' of {owner} cannot take this value.",
+                where=owner,
+                seen=f"{key}={value_text(value)} ({error})",
                 expected=type_text(hints[field]),
-                next_step=f"see the options with: sqcompile passes {kind.name}",
+                next_step=f"see the options with: sqcompile passes {owner.split()[-1]}",
             ) from error
-    return kind(**values)
+    return values
+
+
+def _dashed(field: str) -> str:
+    return field.replace("_", "-")
 
 
 def coerce(value: Any, hint: Any) -> Any:
