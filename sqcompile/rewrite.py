@@ -113,10 +113,12 @@ class Rewriter:
         self.changes += 1
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
-        """Replace one positional argument and infer the node's value again."""
-        arguments = list(node.args)
-        arguments[index] = value
-        node.args = tuple(arguments)
+        """Replace one argument, by its position in the schema, and infer the node's value again."""
+        if index < len(node.args):
+            node.args = (*node.args[:index], value, *node.args[index + 1 :])
+        else:  # given by name, or left out: `conv2d(%x, %w)` has a bias at position 2
+            assert isinstance(node.target, torch._ops.OpOverload)
+            node.kwargs = {**node.kwargs, node.target._schema.arguments[index].name: value}
         self.infer(node)
         self.changes += 1
 

@@ -32,7 +32,9 @@ class Calibrate(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Run the batches and replace the states."""
         watched = [
-            node for node in value_observers(program) if not isinstance(state_of(program, node).observer, Fixed)
+            node
+            for node in value_observers(program)
+            if not isinstance(state_of(program, node).observer, Fixed)
         ]
         if not watched:
             context.remark("program", "has no observer that needs data")

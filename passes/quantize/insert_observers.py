@@ -63,10 +63,17 @@ class InsertObservers(Pass):
     def __post_init__(self) -> None:
         weights = [self.weight, *(choice for _, choice in self.formats if isinstance(choice, Format))]
         if any(format.dynamic for format in weights):
-            raise self.reject_option("weight", "a static format: a weight's scale is known when it is quantized")
-        values = [self.activation, *(choice for _, choice in self.activation_formats if isinstance(choice, Format))]
+            raise self.reject_option(
+                "weight", "a static format: a weight's scale is known when it is quantized"
+            )
+        values = [
+            self.activation,
+            *(choice for _, choice in self.activation_formats if isinstance(choice, Format)),
+        ]
         if any(format.dynamic or not isinstance(format.granularity, PerTensor) for format in values):
-            raise self.reject_option("activation", "one static scale a tensor, as uint8:affine; dynamic: quantize-weights")
+            raise self.reject_option(
+                "activation", "one static scale a tensor, as uint8:affine; dynamic: quantize-weights"
+            )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose operators and formats, then insert the observers of weights and of values."""
@@ -125,12 +132,16 @@ class InsertObservers(Pass):
         if watch.name not in edit.program.observers:
             edit.program.observers[watch.name] = observer.start(watch.format, locate(watch.value))
         with edit.before(_following(watch.value)):
-            observe = edit.call(torch.ops.sqcompile.observe.default, watch.value, watch.name, like=watch.value)
+            observe = edit.call(
+                torch.ops.sqcompile.observe.default, watch.value, watch.name, like=watch.value
+            )
         users = watch.users
         edit.replace(
             watch.value,
             observe,
-            only=lambda user: user is not observe and not _observes(user) and (users is None or user in users),
+            only=lambda user: (
+                user is not observe and not _observes(user) and (users is None or user in users)
+            ),
         )
 
 
