@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import linecache
 import logging
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from types import FrameType, TracebackType
 
 from torch import nn
@@ -134,19 +136,26 @@ def quiet() -> Iterator[None]:
     """Keep torch's own logs and warnings about tracing back; TORCH_LOGS still shows them.
 
     What it has to say about an error (half a graph, on stderr), the error says; and that an attribute
-    "was assigned during export" is how pruned modules work.
+    "was assigned during export" is how pruned modules work. What the model itself prints passes through.
     """
     if os.environ.get("TORCH_LOGS"):
         yield
         return
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    printed = io.StringIO()
+    graph = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(printed):
             warnings.filterwarnings("ignore", message=".*assigned during export")
             yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
     finally:
         logging.disable(previous)
+        text = printed.getvalue()
+        sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
 
 
 _LIBRARIES = tuple(

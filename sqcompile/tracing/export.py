@@ -21,6 +21,7 @@ from sqcompile.tracing.inputs import (
     Inputs,
     argument_names,
     check_call,
+    check_weights,
     enlarge_dynamic_sizes,
     normalize_inputs,
     register_containers,
@@ -84,6 +85,7 @@ def trace(
         )
     inputs = normalize_inputs(example_inputs)
     check_call(model, *inputs)
+    check_weights(model)
     register_containers(inputs, model)
     names = argument_names(model)
     exported = _export(model, enlarge_dynamic_sizes(inputs, names, dynamic_shapes), inputs, dynamic_shapes)

@@ -39,18 +39,20 @@ def inline_regions(graph: fx.Graph, module: nn.Module) -> None:
 
 
 def _inline(graph: fx.Graph, node: fx.Node, position: int, module: nn.Module) -> None:
-    if position == _WRAPPERS["wrap_with_autocast"] and node.args[2]:
-        raise TraceError(
-            "The model enables autocast inside.",
-            where=locate(node),
-            seen=f"torch.autocast(device_type={node.args[0]!r}, dtype={node.args[1]})",
-            expected="types written into the model",
-            next_step="convert the model with model.to(dtype) and remove the autocast block",
-        )
     region_node = node.args[position]
     assert isinstance(region_node, fx.Node)
     region = module.get_submodule(str(region_node.target))
     assert isinstance(region, fx.GraphModule)
+    if position == _WRAPPERS["wrap_with_autocast"] and node.args[2]:
+        # The region itself has no line; its first operator has.
+        inside = next((inner for inner in region.graph.nodes if inner.op == "call_function"), node)
+        raise TraceError(
+            "The model enables autocast inside.",
+            where=locate(inside),
+            seen=f"torch.autocast(device_type={node.args[0]!r}, dtype={node.args[1]})",
+            expected="types written into the model",
+            next_step="convert the model with model.to(dtype) and remove the autocast block",
+        )
     operands = list(node.args[position + 1 :])
     copies: dict[fx.Node, Any] = {}
     with graph.inserting_before(node):

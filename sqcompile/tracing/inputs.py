@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.export.dynamic_shapes import _DimHint, _DimHintType
 from torch.utils import _pytree as pytree
 
-from sqcompile.errors import InputError, did_you_mean
+from sqcompile.errors import InputError, TraceError, did_you_mean
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
@@ -67,6 +67,23 @@ def check_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
             expected=f"forward{signature}",
             next_step=did_you_mean(unknown[0], names) if unknown else "give the inputs as forward takes them",
         ) from None
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that the model's tensors hold data.
+
+    Raises:
+        TraceError: If one lies on the meta device, which only knows shapes.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise TraceError(
+                "The model's weights are not loaded.",
+                where=f"parameter or buffer '{name}'",
+                seen="a tensor on the meta device: shape and type without data",
+                expected="weights on the CPU",
+                next_step="load them, for example with model.load_state_dict(weights, assign=True)",
+            )
 
 
 def register_containers(inputs: Inputs, model: nn.Module) -> None:
