@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from sqcompile.errors import Error
 from sqcompile.evaluate import run_watched
 from sqcompile.layers import layers_of
-from sqcompile.metrics import Distance, DistanceMeter
+from sqcompile.metrics import Distance, DistanceMeter, distance
 from sqcompile.program import Program
 from sqcompile.text import locate
 
@@ -57,20 +58,36 @@ def compare_layers(
     return _compare(reference, program, _counterparts(reference, names), names, batches)
 
 
-def first_jump(before: Program, after: Program, batch: Sequence[Any]) -> str | None:
+def first_jump(
+    before: Program,
+    after: Program,
+    batch: Sequence[Any],
+    parted: Callable[[torch.Tensor, torch.Tensor], bool] | None = None,
+) -> str | None:
     """Return the place of the first value, present in both programs, where they part clearly.
 
-    A node counts when its SQNR is below 20 dB, or not finite, while all before it are above.
+    Args:
+        before: The program that is right.
+        after: The program to judge.
+        batch: Flat inputs.
+        parted: Says of two values, right one first, whether they part; by default below 20 dB. Values
+            that are not finite part in any case.
     """
     nodes = [node for node in after.compute_nodes() if _is_float(node)]
+    found: list[fx.Node] = []
+
+    def judge(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
+        if found:
+            return
+        apart = distance(right, value)
+        if not apart.finite or (parted(right, value) if parted else apart.sqnr_db < 20):
+            found.append(node)
+
     try:
-        rows = _compare(before, after, _counterparts(before, nodes), {}, [batch])
-    except (RuntimeError, ValueError, TypeError):
+        _meet(before, after, _counterparts(before, nodes), batch, judge)
+    except Error:
         return None  # the new program cannot even be run
-    for row in rows:
-        if not row.distance.finite or row.distance.sqnr_db < 20:
-            return row.place
-    return None
+    return locate(found[0]) if found else None
 
 
 def _counterparts(reference: Program, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
@@ -90,28 +107,43 @@ def _compare(
     batches: Iterable[Sequence[Any]],
 ) -> list[LayerDistance]:
     meters: dict[fx.Node, DistanceMeter] = {}
+
+    def add(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
+        meters.setdefault(node, DistanceMeter()).add(right, value)
+
     for batch in batches:
-        kept: dict[fx.Node, torch.Tensor] = {}
-
-        def keep(node: fx.Node, value: Any, kept: dict[fx.Node, torch.Tensor] = kept) -> None:
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                kept[node] = _sample(value)
-
-        def meet(node: fx.Node, value: Any, kept: dict[fx.Node, torch.Tensor] = kept) -> None:
-            other = kept.get(pairs[node])
-            if other is None or not isinstance(value, torch.Tensor):
-                return
-            sample = _sample(value)
-            if sample.shape == other.shape:
-                meters.setdefault(node, DistanceMeter()).add(other, sample)
-
-        run_watched(reference, batch, set(pairs.values()), keep)
-        run_watched(program, batch, pairs, meet)
+        _meet(reference, program, pairs, batch, add)
     return [
         LayerDistance(names.get(node, node.name), node.name, locate(node), meters[node].result())
         for node in pairs
         if node in meters
     ]
+
+
+def _meet(
+    reference: Program,
+    program: Program,
+    pairs: dict[fx.Node, fx.Node],
+    batch: Sequence[Any],
+    on_pair: Callable[[fx.Node, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Run both programs and hand over samples of the paired values, in the order of `program`."""
+    kept: dict[fx.Node, torch.Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            kept[node] = _sample(value)
+
+    def meet(node: fx.Node, value: Any) -> None:
+        other = kept.get(pairs[node])
+        if other is None or not isinstance(value, torch.Tensor):
+            return
+        sample = _sample(value)
+        if sample.shape == other.shape:
+            on_pair(node, other, sample)
+
+    run_watched(reference, batch, set(pairs.values()), keep)
+    run_watched(program, batch, pairs, meet)
 
 
 def _sample(value: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from sqcompile.program import Program
@@ -30,7 +32,9 @@ def infer_node(node: fx.Node, mode: FakeTensorMode) -> Any:
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _recorded)
     # With the dispatcher that torch.export uses, operators such as lstm can be derived on symbolic shapes.
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    symbols = mode.shape_env
+    fresh = nullcontext() if symbols is None else symbols.ignore_fresh_unbacked_symbols()
+    with mode, enable_python_dispatcher(), torch.no_grad(), fresh:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -42,32 +46,41 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
         )
 
 
-def same_type(left: Any, right: Any) -> bool:
-    """Whether two recorded values agree in structure, shape (symbols included) and dtype."""
+def same_type(left: Any, right: Any, *, match_unknown: bool = False) -> bool:
+    """Whether two recorded values agree in structure, shape (symbols included) and dtype.
+
+    Args:
+        left: One value.
+        right: The other.
+        match_unknown: Let a size that depends on data agree with any other such size: each time that it
+            is derived it gets a new symbol.
+    """
     left_leaves, right_leaves = pytree.tree_leaves(left), pytree.tree_leaves(right)
     if len(left_leaves) != len(right_leaves):
         return False
-    return all(_same_leaf(a, b) for a, b in zip(left_leaves, right_leaves, strict=True))
+    return all(_same_leaf(a, b, match_unknown) for a, b in zip(left_leaves, right_leaves, strict=True))
 
 
 def _recorded(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def _same_leaf(left: Any, right: Any) -> bool:
+def _same_leaf(left: Any, right: Any, match_unknown: bool) -> bool:
     if isinstance(left, torch.Tensor) != isinstance(right, torch.Tensor):
         return False
     if not isinstance(left, torch.Tensor):
         return (left is None) == (right is None)
     if left.dtype != right.dtype or left.dim() != right.dim():
         return False
-    return all(_same_size(a, b) for a, b in zip(left.shape, right.shape, strict=True))
+    return all(_same_size(a, b, match_unknown) for a, b in zip(left.shape, right.shape, strict=True))
 
 
-def _same_size(left: Any, right: Any) -> bool:
+def _same_size(left: Any, right: Any, match_unknown: bool) -> bool:
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     if str(left) == str(right):
+        return True
+    if match_unknown and free_unbacked_symbols(left) and free_unbacked_symbols(right):
         return True
     # Sizes such as 2*s0 and s0*2 are equal without looking equal; ask the symbols themselves.
     left_expr = left.node.expr if isinstance(left, torch.SymInt) else left

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import CodeGen
 
+from sqcompile.errors import Error, PassContractError
 from sqcompile.levels import Level
 from sqcompile.signature import Signature
 
@@ -70,16 +72,32 @@ class Program:
         return self.signature.unflatten(self.run(self.signature.bind(args, kwargs)))
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """Run on flat inputs (one a placeholder) and return flat outputs."""
-        return list(self.graph_module(*inputs))
+        """Run on flat inputs (one a placeholder) and return flat outputs.
+
+        Raises:
+            InputError: If an operator refuses the values, such as a token beyond the vocabulary; the
+                text names the operator.
+        """
+        try:
+            return list(self.graph_module(*inputs))
+        except Error:
+            raise
+        except Exception as error:
+            from sqcompile.evaluate import explain_failure
+
+            raise explain_failure(self, inputs, error) from error
 
     # --- tensors ---------------------------------------------------------------------------------
 
     def tensor(self, source: str | fx.Node) -> torch.Tensor:
-        """Return the tensor of a name, or of a `get_attr` node."""
+        """Return the tensor of a name, or of a `get_attr` node.
+
+        Raises:
+            KeyError: If the program holds none of that name.
+        """
         name = source if isinstance(source, str) else str(source.target)
         owner, leaf = self._owner(name)
-        value = getattr(owner, leaf)
+        value = getattr(owner, leaf, None)
         if not isinstance(value, torch.Tensor):
             raise KeyError(name)
         return value
@@ -88,7 +106,7 @@ class Program:
         """Whether the program holds a parameter or buffer of that name."""
         try:
             self.tensor(name)
-        except (KeyError, AttributeError):
+        except KeyError:
             return False
         return True
 
@@ -98,34 +116,50 @@ class Program:
         Args:
             name: Dotted name, such as `layer1.0.conv1.weight`.
             value: The new tensor; its storage must not be written to afterwards.
+
+        Raises:
+            PassContractError: If something that is no tensor has that name already.
         """
+        if not self.has_tensor(name) and not self._is_free(name):
+            raise PassContractError(
+                f"No tensor can be stored as '{name}': the name is taken.",
+                where=f"tensor @{name}",
+                seen="a module, or an attribute of one",
+                expected="a name of its own",
+                next_step="let Program.free_name or Rewriter.constant choose the name",
+            )
         owner, leaf = self._owner(name, create=True)
-        was_parameter = leaf in owner._parameters or isinstance(value, nn.Parameter)
-        owner._parameters.pop(leaf, None)
+        old = owner._parameters.pop(leaf, None)
         owner._buffers.pop(leaf, None)
         owner.__dict__.pop(leaf, None)
-        if was_parameter and value.is_floating_point():
-            owner.register_parameter(
-                leaf, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=True)
-            )
-        else:
-            owner.register_buffer(leaf, value.detach() if isinstance(value, nn.Parameter) else value)
+        if not value.is_floating_point() or not (isinstance(value, nn.Parameter) or old is not None):
+            owner.register_buffer(leaf, value.detach() if value.requires_grad else value)
+            return
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value.detach(), requires_grad=old is None or old.requires_grad)
+        owner.register_parameter(leaf, value)
 
     def delete_tensor(self, name: str) -> None:
-        """Remove a tensor that no node uses."""
+        """Remove a tensor that no node uses, and what was promised about it."""
         owner, leaf = self._owner(name)
         owner._parameters.pop(leaf, None)
         owner._buffers.pop(leaf, None)
         owner.__dict__.pop(leaf, None)
+        self.sparsity.pop(name, None)
 
     def free_name(self, name: str) -> str:
-        """Return `name`, or `name_1`, `name_2`, … if it is taken."""
-        taken = name
+        """Return `name`, or `name_1`, `name_2`, … if it is taken; nothing lies inside a tensor."""
+        parts = name.split(".")
+        for count in range(1, len(parts)):
+            if self.has_tensor(".".join(parts[:count])):
+                name = ".".join([*parts[: count - 1], "_".join(parts[count - 1 :])])
+                break
+        free = name
         count = 0
-        while self.has_tensor(taken):
+        while not self._is_free(free):
             count += 1
-            taken = f"{name}_{count}"
-        return taken
+            free = f"{name}_{count}"
+        return free
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) of every tensor that the graph uses, each once, in graph order."""
@@ -136,6 +170,19 @@ class Program:
             seen.add(str(node.target))
             if self.has_tensor(str(node.target)):
                 yield str(node.target), self.tensor(node)
+
+    def _is_free(self, name: str) -> bool:
+        """Whether nothing has that name: no tensor, no module, no attribute of a module."""
+        *path, leaf = name.split(".")
+        owner: nn.Module = self.graph_module
+        for part in path:
+            if part not in owner._modules:
+                return getattr(owner, part, None) is None
+            child = owner._modules[part]
+            if child is None:
+                return True
+            owner = child
+        return getattr(owner, leaf, None) is None
 
     def _owner(self, name: str, *, create: bool = False) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
@@ -153,7 +200,7 @@ class Program:
     # --- copies and views --------------------------------------------------------------------------
 
     def snapshot(self) -> Program:
-        """Return an independent copy that shares every tensor."""
+        """Return an independent copy that shares every tensor; what observers have seen is copied."""
         graph = fx.Graph()
         output = graph.graph_copy(self.graph, {}, return_output_node=True)
         assert isinstance(output, tuple)
@@ -164,7 +211,7 @@ class Program:
             graph_module_of(self.graph_module, graph),
             self.signature,
             level=self.level,
-            observers=self.observers,
+            observers=copy.deepcopy(self.observers),
             sparsity=self.sparsity,
             constraints=self.constraints,
         )
@@ -203,11 +250,11 @@ class Program:
 
     __str__ = text
 
-    def fingerprint(self) -> str:
-        """Return a hash of structure, recorded shapes and tensor identities."""
+    def fingerprint(self, *, content: bool = False) -> str:
+        """Return a hash of everything that a program is; see `sqcompile.fingerprint`."""
         from sqcompile.fingerprint import fingerprint
 
-        return fingerprint(self)
+        return fingerprint(self, content=content)
 
     def to_exported_program(self) -> ExportedProgram:
         """Return the program as a `torch.export.ExportedProgram` that shares its tensors."""
@@ -232,7 +279,8 @@ class Program:
 def graph_module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """Wrap a graph whose inputs and outputs are flat, taking its tensors from `root`."""
     graph.set_codegen(CodeGen())
-    return fx.GraphModule(root, graph, class_name="Program")
+    # Lazy: its code is made at the first run. Most snapshots never run, and passes edit in steps.
+    return _LazyGraphModule(root, graph, class_name="Program")
 
 
 def value_of(node: fx.Node) -> Any:

@@ -6,22 +6,37 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
-
-from sqcompile.errors import Error, LevelError, NumericError, PassContractError, PassError
-from sqcompile.fingerprint import tensor_identity
-from sqcompile.metrics import Distance, output_distance
+from sqcompile.errors import (
+    Error,
+    LevelError,
+    NumericError,
+    PassContractError,
+    PassError,
+    PassOptionError,
+    did_you_mean,
+)
+from sqcompile.metrics import Distance
 from sqcompile.pipeline.context import PassContext
 from sqcompile.pipeline.contract import Pass, PassResult
+from sqcompile.pipeline.guards import NumberGuard, TensorGuard
 from sqcompile.program import Program
 from sqcompile.remarks import Remark
 from sqcompile.statistics import Size, program_size
-from sqcompile.verify import check_interface, check_level, check_quantization, check_sparsity, check_structure
+from sqcompile.text import program_text
+from sqcompile.verify import (
+    check_interface,
+    check_level,
+    check_masks_kept,
+    check_quantization,
+    check_sparsity,
+    check_structure,
+)
 
 Verify = Literal["each", "ends", "off"]
 
@@ -76,6 +91,7 @@ class PassManager:
         instruments: Sequence[Instrument] = (),
         dump_dir: Path | None = None,
     ) -> None:
+        check_verify(verify)
         self.passes = list(passes)
         self.check_batches = list(check_batches)
         self.verify = verify
@@ -91,32 +107,27 @@ class PassManager:
 
         Raises:
             PassError: If a pass fails or breaks its contract; the program is then as it was before it.
+                (With `verify="ends"` what the last program breaks is found at the end, and the program
+                is as it was before the first pass.)
             Error: Whatever a pass says about wrong input; named and located alike.
         """
         if self.verify != "off":
             verify_program(program)
-        original = self._outputs(program)
-        current = original
+        numbers = NumberGuard(program, self.check_batches if self.verify != "off" else ())
+        tensors = TensorGuard(content=self.verify == "each")
+        first = program.snapshot() if self.verify == "ends" else None
         records: list[PassRecord] = []
         for index, item in enumerate(self.passes):
             context.progress.note(f"[{index + 1}/{len(self.passes)}] {item}")
             before = program.snapshot()
-            try:
-                record, current = self._run_one(item, program, before, context, original, current, index)
-            except Error as error:
-                program.restore(before)
-                self._explain(error, item, program, records)
-                raise
-            except Exception as error:
-                program.restore(before)
-                wrapped = PassError(
-                    f"Pass {item.name} failed.",
-                    seen=f"{type(error).__name__}: {error}",
-                    next_step="this is a mistake in the pass; please report it with the dumped graph",
-                )
-                self._explain(wrapped, item, program, records)
-                raise wrapped from error
-            records.append(record)
+            with self._restoring(program, before, item, records):
+                records.append(self._run_one(item, program, before, context, numbers, tensors))
+            for instrument in self.instruments:
+                instrument(item, before, program)
+        if first is not None and self.passes:
+            with self._restoring(program, first, None, records):
+                distance = self._check_end(first, program, numbers)
+            records[-1] = replace(records[-1], distance=distance)
         return records
 
     def _run_one(
@@ -125,40 +136,36 @@ class PassManager:
         program: Program,
         before: Program,
         context: PassContext,
-        original: list[list[Any]],
-        current: list[list[Any]],
-        index: int,
-    ) -> tuple[PassRecord, list[list[Any]]]:
+        numbers: NumberGuard,
+        tensors: TensorGuard,
+    ) -> PassRecord:
         _require_level(item, program)
         old_print = program.fingerprint()
-        versions = {name: tensor_identity(tensor) for name, tensor in program.tensors()}
+        tensors.watch(program)
         context.origin = item.name
         context.remarks = []
         started = time.perf_counter()
         result = item.run(program, context)
-        program.level = item.produces
         seconds = time.perf_counter() - started
 
         started = time.perf_counter()
         _check_result(item, result)
+        tensors.check(item)
+        program.level = item.requires  # the manager sets the level; alone it is no change to report
         changed = program.fingerprint() != old_print
-        _check_storage(item, before, versions)
         _check_report(item, result, changed)
-        thorough = self.verify == "each" or (self.verify == "ends" and index == len(self.passes) - 1)
-        if changed and thorough:
-            verify_program(program)
-            if not item.changes_interface:
-                check_interface(before, program)
+        program.level = item.produces
+        program.recompile()
         distance = None
-        if self.check_batches and self.verify == "each":
-            outputs = self._outputs(program) if changed else current
+        if self.verify == "each":
+            if changed or item.produces is not item.requires:
+                verify_program(program)
             if changed:
-                self._check_numbers(item, before, program, current, outputs)
-            current = outputs
-            distance = output_distance(original, outputs)
-        for instrument in self.instruments:
-            instrument(item, before, program)
-        record = PassRecord(
+                if not item.changes_interface:
+                    check_interface(before, program)
+                check_masks_kept(before, program)
+            distance = numbers.check(item, before, program) if changed else numbers.unchanged()
+        return PassRecord(
             text=str(item),
             changes=result.changes,
             seconds=seconds,
@@ -168,60 +175,67 @@ class PassManager:
             remarks=(*context.remarks, *result.remarks),
             facts=dict(result.facts),
         )
-        return record, current
 
-    def _outputs(self, program: Program) -> list[list[Any]]:
-        if self.verify == "off":
-            return []
-        with torch.no_grad():
-            return [program.run(batch) for batch in self.check_batches]
+    def _check_end(self, first: Program, last: Program, numbers: NumberGuard) -> Distance | None:
+        verify_program(last)
+        if any(item.changes_interface for item in self.passes):
+            return None
+        check_interface(first, last)
+        distance = numbers.final(last)
+        if distance is not None and not distance.finite:
+            raise NumericError(
+                "The passes have made numbers that are not finite.",
+                where="outputs of the program",
+                seen=str(distance),
+                expected="finite outputs",
+                next_step="compile with verify='each', which names the pass",
+            )
+        return distance
 
-    def _check_numbers(
-        self,
-        item: Pass,
-        before: Program,
-        after: Program,
-        old: list[list[Any]],
-        new: list[list[Any]],
+    @contextmanager
+    def _restoring(
+        self, program: Program, before: Program, item: Pass | None, records: Sequence[PassRecord]
+    ) -> Iterator[None]:
+        """On an error give the program back as it was, and say which pass failed, and after which others."""
+        try:
+            yield
+        except Error as error:
+            program.restore(before)
+            self._explain(error, item, program, records)
+            raise
+        except Exception as error:
+            program.restore(before)
+            wrapped = PassError(
+                f"Pass {item.name} failed." if item else "The checks after the last pass failed.",
+                seen=f"{type(error).__name__}: {error}",
+                expected="a pass raises sqcompile.Error for input that it cannot take, and nothing else",
+                next_step="this is a mistake in the pass; please report it with the dumped graph",
+            )
+            self._explain(wrapped, item, program, records)
+            raise wrapped from error
+        except BaseException:  # an interrupt: half a pass must not stay
+            program.restore(before)
+            raise
+
+    def _explain(
+        self, error: Error, item: Pass | None, program: Program, records: Sequence[PassRecord]
     ) -> None:
-        """Hold a pass to what it keeps; on failure, find the layer where the numbers part."""
-        for reference, value in zip(old, new, strict=True):
-            for index, (ref, val) in enumerate(zip(reference, value, strict=True)):
-                if not isinstance(ref, torch.Tensor):
-                    continue
-                name = before.signature.outputs[index].name
-                lost = output_distance([[ref]], [[val]]) if ref.shape == val.shape else None
-                if item.keeps.allows(ref, val) and (lost is None or lost.finite):
-                    continue
-                from sqcompile.compare import first_jump
-
-                layer = first_jump(before, after, self.check_batches[0])
-                raise NumericError(
-                    f"Pass {item.name} changed the numbers more than it promises.",
-                    where=f"output '{name}'" + (f", first at {layer}" if layer else ""),
-                    seen=str(lost) if lost is not None else f"shape {tuple(val.shape)}",
-                    expected=f"outputs {item.keeps}",
-                    next_step="leave this layer out of the pass, or compare with: sqcompile compare",
-                )
-
-    def _explain(self, error: Error, item: Pass, program: Program, records: Sequence[PassRecord]) -> None:
         """Add to an error which pass failed, what ran before it, and where the last good graph is."""
         ran = ", ".join(record.text for record in records) or "no other pass"
-        place = f"pass {item.name} (after {ran})"
+        place = f"pass {item.name} (after {ran})" if item else f"after {ran}"
         error.where = f"{place}; {error.where}" if error.where else place
-        path = self._dump(program, item)
+        name = item.name if item else "passes"
+        path = self._dump(program, name)
         if path is not None:
-            hint = f"the graph before {item.name} is in {path}"
+            hint = f"the graph before {name} is in {path}"
             error.next_step = f"{error.next_step}; {hint}" if error.next_step else hint
 
-    def _dump(self, program: Program, item: Pass) -> Path | None:
+    def _dump(self, program: Program, name: str) -> Path | None:
         """Write the last good graph; a failing dump must not hide the error that it explains."""
         try:
             folder = self.dump_dir or Path(tempfile.gettempdir())
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"sqcompile-{os.getpid()}-before-{item.name}.txt"
-            from sqcompile.text import program_text
-
+            path = folder / f"sqcompile-{os.getpid()}-before-{name}.txt"
             path.write_text(program_text(program, source=True) + "\n", encoding="utf-8")
             return path
         except (OSError, Error):
@@ -239,6 +253,23 @@ def verify_program(program: Program) -> None:
     check_level(program)
     check_quantization(program)
     check_sparsity(program)
+
+
+def check_verify(verify: str) -> None:
+    """Check the name of a verification mode.
+
+    Raises:
+        PassOptionError: If there is none of that name.
+    """
+    modes = get_args(Verify)
+    if verify not in modes:
+        raise PassOptionError(
+            "There is no such way to verify.",
+            where="verify",
+            seen=f"verify={verify!r}",
+            expected=", ".join(map(repr, modes)),
+            next_step=did_you_mean(str(verify), modes),
+        )
 
 
 def check_order(passes: Sequence[Pass]) -> None:
@@ -274,7 +305,6 @@ def _require_level(item: Pass, program: Program) -> None:
     if program.level is not item.requires:
         raise LevelError(
             f"Pass {item.name} needs a program of level {item.requires}.",
-            where=f"pass {item.name}",
             seen=f"level {program.level}",
             expected=f"level {item.requires}",
             next_step="change the order of the passes",
@@ -285,34 +315,26 @@ def _check_result(item: Pass, result: object) -> None:
     if not isinstance(result, PassResult):
         raise PassContractError(
             f"Pass {item.name} returned no PassResult.",
-            where=f"pass {item.name}",
             seen=type(result).__name__,
             expected="PassResult",
             next_step="return PassResult(changes=…) from run",
         )
+    if not isinstance(result.changes, int) or result.changes < 0:
+        raise PassContractError(
+            f"Pass {item.name} reports a number of changes that cannot be.",
+            seen=f"changes={result.changes!r}",
+            expected="0, or the number of rewrites",
+            next_step="count the rewrites: Rewriter.finish() returns their number",
+        )
 
 
 def _check_report(item: Pass, result: PassResult, changed: bool) -> None:
-    if changed == bool(result.changes) or (item.requires is not item.produces and changed):
+    if changed == bool(result.changes):
         return
     raise PassContractError(
         f"Pass {item.name} misreports what it did.",
-        where=f"pass {item.name}",
         seen=f"it reports {result.changes} changes, and the program has "
         + ("changed" if changed else "not changed"),
         expected="0 changes if and only if the program is untouched",
         next_step="count the rewrites: Rewriter.finish() returns their number",
     )
-
-
-def _check_storage(item: Pass, before: Program, versions: dict[str, str]) -> None:
-    """Tensors are immutable; those of the snapshot must not have been written to."""
-    for name, tensor in before.tensors():
-        if tensor_identity(tensor) != versions[name]:
-            raise PassContractError(
-                f"Pass {item.name} wrote into the tensor '{name}'.",
-                where=f"tensor @{name}",
-                seen="its storage was modified",
-                expected="tensors are immutable: a pass replaces a tensor",
-                next_step="make a new tensor and call Rewriter.replace_tensor",
-            )
