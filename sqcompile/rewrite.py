@@ -13,13 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from sqcompile.errors import Error, VerifyError
+from sqcompile.fingerprint import tensor_identity
 from sqcompile.infer import fake_mode_of, fake_tensor, infer_node
+from sqcompile.operators.table import argument
 from sqcompile.program import Program
+from sqcompile.text import locate, node_text, operator_name
+
+if TYPE_CHECKING:
+    from sqcompile.layers import Layer
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
@@ -62,12 +69,19 @@ class Rewriter:
             *args: Its arguments; nodes and plain values.
             like: The node it stands for: source line and module path are taken from it.
             **kwargs: Its keyword arguments.
+
+        Raises:
+            VerifyError: If the arguments do not fit the operator; nothing is inserted.
         """
         # Named as the tracer names operators: `quantize_1`, where torch.fx would say `quantize_default_1`.
         name = target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) else None
-        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node: fx.Node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self.describe(node, like)
-        node.meta["val"] = infer_node(node, self._mode)
+        try:
+            self.infer(node)
+        except Error:
+            self.graph.erase_node(node)
+            raise
         self.changes += 1
         return node
 
@@ -94,11 +108,12 @@ class Rewriter:
 
     def replace_tensor(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """Give a `get_attr` node a new tensor under the same name; all its users see it."""
+        old = tensor_identity(self.program.tensor(node))
         self.program.set_tensor(str(node.target), tensor)
         for reader in self.graph.nodes:
             if reader.op == "get_attr" and reader.target == node.target:
                 reader.meta["val"] = fake_tensor(tensor, self._mode)
-        self.changes += 1
+        self.changes += tensor_identity(self.program.tensor(node)) != old
 
     def replace(self, old: fx.Node, new: fx.Node, *, only: Callable[[fx.Node], bool] | None = None) -> None:
         """Let the users of `old` (all, or those that `only` admits) use `new` instead.
@@ -106,30 +121,60 @@ class Rewriter:
         Where `old` is left without users, `new` stands for it from now on: comparisons of programs pair
         it with the original value of `old`, and not with that of the node which has its name.
         """
-        old.replace_all_uses_with(new, delete_user_cb=only or (lambda user: user is not new))
+        replaced = old.replace_all_uses_with(new, delete_user_cb=only or (lambda user: user is not new))
         stands_for = old.meta.get("stands_for", None if "origin" in old.meta else old.name)
         if stands_for is not None and not old.users:
             new.meta["stands_for"] = stands_for
-        self.changes += 1
+        self.changes += bool(replaced)
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
-        """Replace one argument, by its position in the schema, and infer the node's value again."""
-        if index < len(node.args):
-            node.args = (*node.args[:index], value, *node.args[index + 1 :])
-        else:  # given by name, or left out: `conv2d(%x, %w)` has a bias at position 2
-            assert isinstance(node.target, torch._ops.OpOverload)
-            node.kwargs = {**node.kwargs, node.target._schema.arguments[index].name: value}
-        self.infer(node)
-        self.changes += 1
+        """Replace one positional argument and infer the node's value again.
+
+        Arguments before it that were left at their defaults, or given by name, become positional.
+
+        Raises:
+            VerifyError: If the new argument does not fit the operator; the node is then as it was.
+        """
+        arguments, named = list(node.args), dict(node.kwargs)
+        for position in range(len(arguments), index + 1):
+            arguments.append(argument(node, position))
+            named.pop(_parameter_name(node, position), None)
+        old = node.args, node.kwargs
+        arguments[index] = value
+        node.args, node.kwargs = tuple(arguments), named
+        try:
+            self.infer(node)
+        except Error:
+            node.args, node.kwargs = old
+            raise
+        self.changes += (node.args, node.kwargs) != old
 
     def infer(self, node: fx.Node) -> None:
-        """Record the node's value anew, after its arguments changed."""
-        node.meta["val"] = infer_node(node, self._mode)
+        """Record the node's value anew, after its arguments changed.
+
+        Raises:
+            VerifyError: If the arguments do not fit the operator.
+        """
+        try:
+            node.meta["val"] = infer_node(node, self._mode)
+        except Exception as error:
+            raise VerifyError(
+                f"The arguments of '{operator_name(node)}' do not fit together.",
+                where=locate(node),
+                seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}; {node_text(node)}",
+                expected="shapes and types that the operator takes",
+                next_step="check the arguments that the pass gives to the operator",
+            ) from error
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that has no users."""
         self.graph.erase_node(node)
         self.changes += 1
+
+    def discard(self, node: fx.Node) -> None:
+        """Take back a call that was made to see its type: it does not count as a change."""
+        self.graph.erase_node(node)
+        self.changes -= 1
 
     def describe(self, node: fx.Node, like: fx.Node | None) -> None:
         """Copy source line and module path, and record which pass made the node."""
@@ -145,6 +190,36 @@ class Rewriter:
         self.changes += remove_dead_nodes(self.program)
         self.program.recompile()
         return self.changes
+
+
+def set_bias(edit: Rewriter, layer: Layer, value: torch.Tensor) -> None:
+    """Give a layer another bias, or its first one.
+
+    The bias keeps its name if no other layer reads it; else it becomes a parameter of its own, beside
+    the weight.
+
+    Args:
+        edit: The rewriter.
+        layer: A layer whose operator takes a bias.
+        value: The bias, [O], in the type of the layer's output.
+    """
+    assert layer.operator.bias is not None
+    old = layer.bias
+    if old is not None and old.op == "get_attr":
+        users = [user for node in edit.graph.nodes if node.target == old.target for user in node.users]
+        if len(users) == 1:
+            edit.replace_tensor(old, value)
+            return
+    owner, _, leaf = layer.weight_name.rpartition(".")
+    name = "bias" if leaf.startswith("weight") else f"{leaf}_bias"
+    stored = edit.constant(f"{owner}.{name}" if owner else name, nn.Parameter(value), like=layer.node)
+    edit.set_argument(layer.node, layer.operator.bias, stored)
+
+
+def _parameter_name(node: fx.Node, position: int) -> str:
+    target = node.target
+    parameters = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+    return parameters[position].name if position < len(parameters) else ""
 
 
 def remove_dead_nodes(program: Program) -> int:
