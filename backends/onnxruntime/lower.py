@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -55,19 +56,29 @@ def _export(program: Program) -> ir.Model:
                 custom_translation_table=TABLE,
             )
     except Exception as error:
-        cause = error.__cause__ or error
-        raise BackendError(
-            "The program cannot be exported to ONNX.",
-            where="torch.onnx.export",
-            seen=f"{type(cause).__name__}: {_first_line(str(cause))}",
-            next_step="compile with backend='reference', or leave out the operator that is named above",
-        ) from error
+        raise _explain(error) from error
     assert result is not None
     return result.model
 
 
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+def _explain(error: BaseException) -> BackendError:
+    """Say which node the exporter stopped at, and its first cause instead of its last."""
+    node = ""
+    cause = error
+    while True:
+        found = re.search(r"%(\w+)[ :].*?target=([\w.]+)", str(cause))
+        if found and not node:
+            node = f"node %{found[1]}, {found[2].removeprefix('torch.ops.')}"
+        if cause.__cause__ is None:
+            break
+        cause = cause.__cause__
+    first_line = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+    return BackendError(
+        "The program cannot be exported to ONNX.",
+        where=node or "torch.onnx.export",
+        seen=f"{type(cause).__name__}: {first_line}",
+        next_step="compile with backend='reference', or leave that operator out of the model",
+    )
 
 
 @contextmanager

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import opset21, values
+from onnxscript import opset21
 
 from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers torch.ops.sqcompile_ort
+from sqcompile.backends.onnxruntime.contrib import GATHER_BLOCK_QUANTIZED, MATMUL_NBITS
 
 OPSET = 21
 """Standard operators: the first version with blocked DequantizeLinear and 4-bit integers."""
 
-CONTRIB = values.Opset("com.microsoft", 1)
-
 ort = torch.ops.sqcompile_ort
 op: Any = opset21
-contrib: Any = CONTRIB
 
 
 def quantize_linear(x: Any, scale: Any, zero_point: Any, axis: int | None, block_size: int | None) -> Any:
@@ -62,13 +60,18 @@ def matmul_nbits(
     accuracy_level: int,
 ) -> Any:
     """com.microsoft.MatMulNBits; its fifth input, an index of groups, stays empty."""
-    inputs = [x, packed, scales]
-    if zero_points is not None or bias is not None:
-        inputs.append(zero_points)
-    if bias is not None:
-        inputs += [None, bias]
-    return contrib.MatMulNBits(
-        *inputs, K=columns, N=outputs, bits=bits, block_size=block_size, accuracy_level=accuracy_level
+    return MATMUL_NBITS(
+        x,
+        packed,
+        scales,
+        zero_points,
+        None,
+        bias,
+        K=columns,
+        N=outputs,
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
     )
 
 
@@ -76,9 +79,8 @@ def gather_block_quantized(
     packed: Any, indices: Any, scales: Any, zero_points: Any, bits: int, block_size: int
 ) -> Any:
     """com.microsoft.GatherBlockQuantized over rows, with blocks along them."""
-    inputs = [packed, indices, scales] if zero_points is None else [packed, indices, scales, zero_points]
-    return contrib.GatherBlockQuantized(
-        *inputs, bits=bits, block_size=block_size, gather_axis=0, quantize_axis=1
+    return GATHER_BLOCK_QUANTIZED(
+        packed, indices, scales, zero_points, bits=bits, block_size=block_size, gather_axis=0, quantize_axis=1
     )
 
 

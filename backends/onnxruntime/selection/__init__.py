@@ -10,17 +10,20 @@ The steps, in order; each is a file, and each leaves a program that runs in PyTo
     convolutions      signed weights, int32 biases
     embeddings        codes are fetched, then dequantized
     primitives        every other quantize, dequantize and dynamic scale
+    attention, norms  as PyTorch computes them, and as the runtime fuses them
     shapes            views and pooling as exporter and runtime like them
 """
 
 from __future__ import annotations
 
 from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers torch.ops.sqcompile_ort
+from sqcompile.backends.onnxruntime.selection.attention import select_attention
 from sqcompile.backends.onnxruntime.selection.clamps import fold_clamps
 from sqcompile.backends.onnxruntime.selection.context import Context
 from sqcompile.backends.onnxruntime.selection.convolutions import select_convolutions
 from sqcompile.backends.onnxruntime.selection.embeddings import select_embeddings
 from sqcompile.backends.onnxruntime.selection.linears import select_linears
+from sqcompile.backends.onnxruntime.selection.norms import select_norms
 from sqcompile.backends.onnxruntime.selection.primitives import lower_primitives
 from sqcompile.backends.onnxruntime.selection.shapes import make_views_safe, select_pooling
 from sqcompile.backends.onnxruntime.selection.spell_out import spell_out
@@ -35,6 +38,8 @@ _STEPS = (
     select_convolutions,
     select_embeddings,
     lower_primitives,
+    select_attention,
+    select_norms,
     select_pooling,
     make_views_safe,
 )

@@ -156,10 +156,10 @@ def _dynamic_scale(edit: Rewriter, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _reduce(edit: Rewriter, node: fx.Node, x: fx.Node, reduction: torch._ops.OpOverload) -> fx.Node:
     axis, group_size = argument(node, 1), argument(node, 2)
-    if axis is None:
-        return edit.call(reduction, x, like=node)
-    assert isinstance(axis, int)
     rank = rank_of(x)
+    if axis is None:
+        return edit.call(reduction, x, list(range(rank)), like=node)
+    assert isinstance(axis, int)
     axis %= rank
     if group_size is None:
         return edit.call(reduction, x, [dim for dim in range(rank) if dim != axis], like=node)

@@ -1,0 +1,70 @@
+"""ONNX Runtime's contrib operators that models may hold, described so that onnxscript can call them.
+
+Only what is used here: the schemas of the operators' domain ship with the runtime, not with onnx.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnxscript import values
+
+DOMAIN = "com.microsoft"
+VERSION = 1
+
+_Schema = onnx.defs.OpSchema
+_FLOAT, _CODES, _INDEX = "tensor(float)", "tensor(uint8)", "tensor(int64)"
+
+
+def _parameter(name: str, kind: str, *, optional: bool = False) -> Any:
+    option = _Schema.FormalParameterOption.Optional if optional else _Schema.FormalParameterOption.Single
+    return _Schema.FormalParameter(name, kind, param_option=option)
+
+
+def _integers(*names: str) -> list[Any]:
+    return [_Schema.Attribute(name, _Schema.AttrType.INT, required=True) for name in names]
+
+
+def _operator(name: str, inputs: list[Any], attributes: list[Any]) -> Any:
+    constraints = [
+        ("T", [_FLOAT], "values"),
+        ("C", [_CODES], "packed codes"),
+        ("I", ["tensor(int32)", _INDEX], "indices"),
+    ]
+    used = {item.type_str for item in inputs} | {"T"}
+    schema = _Schema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=inputs,
+        outputs=[_parameter("y", "T")],
+        type_constraints=[item for item in constraints if item[0] in used],
+        attributes=attributes,
+    )
+    return values.Op(values.Opset(DOMAIN, VERSION), name, schema)
+
+
+MATMUL_NBITS = _operator(
+    "MatMulNBits",
+    [
+        _parameter("x", "T"),
+        _parameter("packed", "C"),
+        _parameter("scales", "T"),
+        _parameter("zero_points", "C", optional=True),
+        _parameter("groups", "I", optional=True),
+        _parameter("bias", "T", optional=True),
+    ],
+    _integers("K", "N", "bits", "block_size", "accuracy_level"),
+)
+
+GATHER_BLOCK_QUANTIZED = _operator(
+    "GatherBlockQuantized",
+    [
+        _parameter("packed", "C"),
+        _parameter("indices", "I"),
+        _parameter("scales", "T"),
+        _parameter("zero_points", "C", optional=True),
+    ],
+    _integers("bits", "block_size", "gather_axis", "quantize_axis"),
+)
