@@ -17,7 +17,7 @@ from sqcompile.compare import compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
 from sqcompile.files import require_file
-from sqcompile.input_spec import with_dims
+from sqcompile.input_spec import example_call, with_dims
 from sqcompile.measure import measure_latency
 from sqcompile.metrics import Distance, output_distance
 from sqcompile.models import folder_dynamic_shapes, load_model, model_name
@@ -207,10 +207,13 @@ def compile(
     if inputs is None:
         assert isinstance(loaded, nn.Module)
         return LazyCompiled(loaded, options)
+    made_up = example_inputs is None and batches is None and isinstance(loaded, Program)
     progress.note(f"tracing {model_name(loaded)}")
     with clock.stage("trace"):
         program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
     original = program.snapshot()
+    if isinstance(batches, Batches):
+        batches = batches.bind(program.signature)
     data = None if batches is None else Calibration(batches, program.signature)
     check_batch = _check_batch(program.signature, inputs, data)
     context = PassContext(
@@ -253,6 +256,9 @@ def compile(
             verify,
         )
     report.seconds = clock.seconds
+    report.notes += getattr(batches, "notes", [])
+    if made_up:
+        report.notes.append("there is no data: numbers were checked on made-up inputs")
     compiled = Compiled(program, original, target, artifact, session, report)
     compiled._check_batch = check_batch[0] if check_batch else ()
     compiled.source = model if isinstance(model, (str, Path)) else None
@@ -330,16 +336,19 @@ def resolve_passes(passes: Any) -> list[Pass]:
 def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] | None) -> Inputs | None:
     """Return the inputs to trace with, or None if a call must bring them.
 
-    The order is: what was given, the first calibration batch, `model.dummy_inputs`.
+    The order is: what was given, the first calibration batch, `model.dummy_inputs`; for what was
+    traced before, random numbers of the right types.
     """
     if example_inputs is not None:
         return normalize_inputs(example_inputs)
-    if isinstance(model, (Program, ExportedProgram)):
-        return (), {}
     if calibration is not None:
         for batch in calibration:
             args, kwargs = as_call(batch)
             return tuple(args), dict(kwargs)
+    if isinstance(model, ExportedProgram):
+        return model.example_inputs or ((), {})
+    if isinstance(model, Program):
+        return example_call(model.signature) or ((), {})
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, (Mapping, tuple, list, torch.Tensor)):
         return normalize_inputs(dummy)
@@ -422,7 +431,7 @@ def parse_bytes(size: int | str | None) -> int | None:
     unit = size.strip()[len(number) :].upper()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise InputError(
             f"'{size}' is no size.", seen=size, expected="a number of bytes, or text such as 8GB or 512MiB"
         ) from None

@@ -20,7 +20,7 @@ import torch
 from sqcompile.errors import CalibrationError, FileError, did_you_mean
 from sqcompile.expected import ExpectedInputs
 from sqcompile.files import require_file
-from sqcompile.signature import short_dtype
+from sqcompile.signature import Signature, short_dtype
 
 DEFAULT_BATCH = 8
 """Samples a batch, where neither the user nor the model says how many."""
@@ -99,6 +99,7 @@ class Batches:
     def __init__(self, samples: Mapping[str, Any], file: DataFile, expected: ExpectedInputs) -> None:
         self.notes: list[str] = []
         self._samples = dict(samples)
+        self._file = file
         self._expected = expected
         found = min(len(array) for array in self._samples.values())
         self.count = min(found, file.samples or found)
@@ -121,12 +122,16 @@ class Batches:
                 next_step="trace the model with a dynamic first dimension, or add samples",
             )
         left_out = self.count % self.size
-        if left_out and not expected.takes_any_batch:
+        if left_out and traced is not None:
             self.count -= left_out
             self.notes.append(
                 f"{left_out} of {self.count + left_out} samples are left out: they do not fill a batch of "
-                f"{self.size}"
+                f"{self.size}, which the model was traced with"
             )
+
+    def bind(self, signature: Signature) -> Batches:
+        """Return the same samples as batches for the model once it is traced, which fixes what it takes."""
+        return Batches(self._samples, self._file, ExpectedInputs.of(signature))
 
     def __len__(self) -> int:
         return -(-self.count // self.size)

@@ -24,13 +24,11 @@ class ExpectedInputs:
         names: Names in order; those that data may have.
         required: Names that data must have.
         values: What a traced model says about each, by name; empty before tracing.
-        takes_any_batch: Whether the last batch may be smaller than the others.
     """
 
     names: tuple[str, ...]
     required: frozenset[str]
     values: Mapping[str, Value] = field(default_factory=dict)
-    takes_any_batch: bool = False
 
     @classmethod
     def of(cls, model: Any) -> ExpectedInputs:
@@ -50,14 +48,12 @@ class ExpectedInputs:
         ]
         names = tuple(parameter.name for parameter in parameters)
         required = frozenset(p.name for p in parameters if p.default is p.empty)
-        # The models of Hugging Face declare every input as optional; their folders get a dynamic batch.
-        return cls(names, required, takes_any_batch=hasattr(model, "dummy_inputs"))
+        return cls(names, required)
 
     @classmethod
     def _of_signature(cls, signature: Signature) -> ExpectedInputs:
         values = {value.name: value for value in signature.tensor_inputs}
-        any_batch = all(isinstance(value.shape[0], str) for value in values.values() if value.shape)
-        return cls(tuple(values), frozenset(values), values, any_batch)
+        return cls(tuple(values), frozenset(values), values)
 
     @property
     def traced_batch(self) -> int | None:

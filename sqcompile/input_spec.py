@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from sqcompile.errors import InputError, RecipeError, did_you_mean
-from sqcompile.signature import describe_type, short_dtype
+from sqcompile.signature import Signature, describe_type, short_dtype
 
 _DTYPES = {
     short_dtype(dtype): dtype
@@ -157,3 +158,35 @@ def _parse_size(text: str, axis: int, whole: str) -> tuple[int | str, int]:
 
 def _default_size(axis: int) -> int:
     return _BATCH if axis == 0 else _OTHER
+
+
+def example_call(signature: Signature) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return a call's arguments with random numbers in them, or None if a size cannot be chosen.
+
+    Args:
+        signature: Of a traced program; dynamic dimensions get small sizes within their range.
+    """
+    sizes: dict[str, int] = {}
+    leaves: list[Any] = []
+    for seed, value in enumerate(signature.inputs):
+        if value.shape is None or value.dtype is None:
+            leaves.append(value.constant)
+            continue
+        shape = [_chosen_size(size, axis, signature, sizes) for axis, size in enumerate(value.shape)]
+        if None in shape:
+            return None
+        numbers = tuple(size for size in shape if size is not None)
+        leaves.append(InputSpec(value.name, value.dtype, numbers, numbers).example(seed))
+    args, kwargs = pytree.tree_unflatten(leaves, signature.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _chosen_size(size: int | str, axis: int, signature: Signature, chosen: dict[str, int]) -> int | None:
+    if isinstance(size, int):
+        return size
+    if not size.isidentifier():
+        return None  # an expression, such as 2*batch
+    if size not in chosen:
+        low, high = signature.dims.get(size, (1, None))
+        chosen[size] = max(low, min(_default_size(axis), high or _OTHER))
+    return chosen[size]

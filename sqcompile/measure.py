@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqcompile.errors import InputError
+from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Latency, Report
 
 if TYPE_CHECKING:
@@ -55,18 +56,18 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
 
 
 def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], *, runs: int, warmup: int = 3
-) -> tuple[list[float], list[float]]:
-    """Call two functions in turns and return the times of each, in ns.
+    *functions: Callable[[], Any], runs: int, warmup: int = 3, progress: Progress | None = None
+) -> list[list[float]]:
+    """Call functions in turns and return the times of each, in ns.
 
-    Alternation lets a drift of the machine's speed meet both alike.
+    Alternation lets a drift of the machine's speed meet all alike.
     """
     for _ in range(warmup):
-        first()
-        second()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
-        for function, kept in zip((first, second), times, strict=True):
+        for function in functions:
+            function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in (progress or SilentProgress()).track(range(runs), "measuring"):
+        for function, kept in zip(functions, times, strict=True):
             started = time.perf_counter_ns()
             function()
             kept.append(float(time.perf_counter_ns() - started))

@@ -23,7 +23,7 @@ import yaml
 
 from sqcompile.backend import backend_names
 from sqcompile.data import DataFile
-from sqcompile.errors import Error, PassOptionError, RecipeError
+from sqcompile.errors import Error, PassOptionError, RecipeError, did_you_mean
 from sqcompile.files import require_file
 from sqcompile.input_spec import InputSpec, example_inputs
 from sqcompile.modules import import_module
@@ -195,7 +195,7 @@ class _Reader:
         return tuple(passes)
 
     def backend(self, node: Node) -> str:
-        return node.choice("backend", ["auto", *backend_names()])
+        return node.choice("backend", _backends())
 
     def data(self, node: Node) -> DataFile:
         if not isinstance(node.value, dict):
@@ -340,3 +340,32 @@ def _plain(name: str, value: Any) -> Any:
     if name == "dynamic_shapes":
         return {key: dict(axes) for key, axes in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def check_choices(recipe: Recipe) -> Recipe:
+    """Check the fields that take one of a few words, for recipes that were not read from a file.
+
+    Raises:
+        RecipeError: If one has another value, with the nearest.
+    """
+    for name, value, choices in (
+        ("backend", recipe.backend, _backends()),
+        ("verify", recipe.verify, get_args(Verify)),
+    ):
+        if value not in choices:
+            raise RecipeError(
+                f"'{name}' has a value that it cannot take.",
+                where=f"command line, --{name}",
+                seen=value,
+                expected=", ".join(choices),
+                next_step=did_you_mean(value, choices),
+            )
+    if recipe.max_memory is not None:
+        from sqcompile.api import parse_bytes
+
+        parse_bytes(recipe.max_memory)
+    return recipe
+
+
+def _backends() -> list[str]:
+    return ["auto", *backend_names()]

@@ -25,6 +25,9 @@ from sqcompile.statistics import Size, stored_bits, weight_zeros
 if TYPE_CHECKING:
     from rich.console import Console
 
+_UNDISTURBED_DB = 100.0
+"""Above it, a distance is the rounding of float32, and nobody is to blame."""
+
 _NEGLIGIBLE = 0.97
 """A compiled layer that needs more than this share of the dense time does not pay."""
 
@@ -138,22 +141,22 @@ class Report:
 
     def worst_pass(self) -> PassRecord | None:
         """Return the pass after which the SQNR fell most, or None if none lowered it."""
-        worst, drop, previous = None, 1.0, math.inf
+        worst, drop, previous = None, 1.0, _UNDISTURBED_DB
         for record in self.passes:
             if record.distance is None:
                 continue
-            now = record.distance.sqnr_db
-            # From exact to anything is judged by what remains, as infinity cannot be subtracted from.
-            fall = previous - now if math.isfinite(previous) else (200.0 - now if math.isfinite(now) else 0.0)
-            if fall > drop:
-                worst, drop = record, fall
+            now = min(record.distance.sqnr_db, _UNDISTURBED_DB)
+            if previous - now > drop:
+                worst, drop = record, previous - now
             previous = now
         return worst
 
     def worst_layer(self) -> LayerRow | None:
         """Return the layer whose output is furthest from the original's, or None if none was measured."""
         rows = [
-            row for row in self.layers if row.distance is not None and math.isfinite(row.distance.sqnr_db)
+            row
+            for row in self.layers
+            if row.distance is not None and -math.inf < row.distance.sqnr_db < _UNDISTURBED_DB
         ]
         return min(rows, key=lambda row: row.distance.sqnr_db) if rows else None  # type: ignore[union-attr]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +40,19 @@ def save_compiled(compiled: Compiled, path: Path) -> list[Path]:
     Raises:
         FileError: If it cannot be written, or the suffix is unknown.
     """
-    if path.suffix in SUFFIXES:
-        return _save_file(compiled, path)
-    if path.suffix and not path.is_dir():
+    check_target(path)
+    return _save_file(compiled, path) if path.suffix in SUFFIXES else _save_folder(compiled, path)
+
+
+def check_target(path: Path) -> None:
+    """Check that a compiled model can be written to `path`, before the work of compiling it.
+
+    Raises:
+        FileError: If the suffix is unknown, or the folder cannot be written to.
+    """
+    # A folder may have a dot in its name too, as llama-3.2 has.
+    names_a_file = re.fullmatch(r"\.[A-Za-z]\w{1,6}", path.suffix)
+    if names_a_file and path.suffix not in SUFFIXES and not path.is_dir():
         raise FileError(
             f"There is no artifact with the suffix '{path.suffix}'.",
             where=str(path),
@@ -48,7 +60,19 @@ def save_compiled(compiled: Compiled, path: Path) -> list[Path]:
             expected=", ".join(SUFFIXES) + ", or a folder",
             next_step=did_you_mean(path.suffix, SUFFIXES),
         )
-    return _save_folder(compiled, path)
+    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if folder == path.absolute() and folder.is_file():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise FileError(
+            f"'{path}' cannot be written.",
+            where=str(folder),
+            seen="a folder without permission to write"
+            if folder.is_dir()
+            else "a file where a folder should be",
+            expected="a folder that you may write to",
+            next_step="choose another path",
+        )
 
 
 def _save_file(compiled: Compiled, path: Path) -> list[Path]:

@@ -193,8 +193,14 @@ def _read_options(owner: str, hints: Mapping[str, Any], options: Mapping[str, An
             )
         try:
             values[field] = coerce(value, hints[field])
-        except Error:
-            raise
+        except Error as error:  # a format, a pattern, … whose own text is wrong
+            raise PassOptionError(
+                f"Option '{key}' of {owner} cannot take this value. {error.what}",
+                where=owner,
+                seen=f"{key}={value_text(value)}",
+                expected=error.expected,
+                next_step=error.next_step,
+            ) from error
         except (TypeError, ValueError) as error:
             raise PassOptionError(
                 f"Option '{key}' of {owner} cannot take this value.",

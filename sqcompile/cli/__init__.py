@@ -1,0 +1,16 @@
+"""The command line: `sqcompile compile | passes | inspect | compare | bench`, one file a command.
+
+Exit codes: 0, it worked; 1, the work failed; 2, the command line, a recipe or a pass's options are
+wrong, and nothing was done; 130, interrupted.
+
+These modules import nothing heavy at their top: `sqcompile --help` needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+from sqcompile.cli.app import app
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

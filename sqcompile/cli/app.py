@@ -1,0 +1,47 @@
+"""The commands, gathered."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sqcompile import __version__
+from sqcompile.cli.bench import bench
+from sqcompile.cli.compare import compare
+from sqcompile.cli.compile import compile_model
+from sqcompile.cli.inspect import inspect_model
+from sqcompile.cli.passes import passes
+
+app = typer.Typer(
+    name="sqcompile",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # our errors have four parts; --debug shows Python's own traceback
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sqcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 it worked; 1 the work failed; 2 the command line, a recipe or a pass's "
+    "options are wrong; 130 interrupted."
+)
+def sqcompile(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make trained PyTorch models smaller and faster on CPUs, and prove what was done."""
+
+
+app.command("compile")(compile_model)
+app.command("passes")(passes)
+app.command("inspect")(inspect_model)
+app.command("compare")(compare)
+app.command("bench")(bench)

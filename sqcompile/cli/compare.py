@@ -1,0 +1,213 @@
+"""`sqcompile compare`: two models or artifacts on the same data, and the layer where they part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sqcompile.cli import options
+from sqcompile.cli.answer import Answer, command, progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sqcompile.cli.subjects import Subject
+    from sqcompile.compare import LayerDistance
+    from sqcompile.metrics import Distance
+
+_JUMP_DB = 10.0
+"""A fall of the SQNR by so much, from one layer to the next, is called a jump."""
+
+_GOOD_DB = 50.0
+"""What counts as undisturbed: above it, a fall is the first rounding and no jump."""
+
+
+@command
+def compare(
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help=f"What is right: an .onnx file; {options.MODEL_HELP}")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="What to judge, in one of these forms too.")],
+    data: options.Data = None,
+    batch: options.Batch = None,
+    samples: options.Samples = None,
+    context: options.Context = None,
+    tokenizer: options.Tokenizer = None,
+    inputs: options.Inputs = None,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
+) -> Answer:
+    """Compare two models or artifacts: their outputs, and layer by layer where the error comes from.
+
+    SQNR is the power of the signal over that of the error: 20 dB is an error of a tenth, 40 dB of a
+    hundredth. Layers are paired by name.
+
+    **Examples**
+
+        sqcompile compare nets.py:resnet build/resnet.onnx -d images.npz
+        sqcompile compare dense.pt2 pruned.pt2 -d images.npz --samples 32
+    """
+    from sqcompile.cli.subjects import Feed, flat_batches, open_subject
+
+    feed = Feed.of(locals())
+    first = open_subject(reference, feed, threads)
+    second = open_subject(other, feed, threads)
+    _check_outputs(first, second)
+    batches = list(first.batches)
+    pairs = list(zip(flat_batches(first, batches), flat_batches(second, batches), strict=True))
+    outputs = _compare_outputs(first, second, pairs)
+    layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs])
+    jump = find_jump(layers)
+    about = {
+        "reference": reference,
+        "other": other,
+        "batches": len(batches),
+        "outputs": {name: _data(distance) for name, distance in outputs.items()},
+        "layers": [
+            {"name": row.name, "node": row.node, "place": row.place, **_data(row.distance)} for row in layers
+        ],
+        "jump": None if jump is None else layers[jump].name,
+        "notes": [*first.notes, *why_not],
+    }
+    return Answer(lambda target: _show(target, about, outputs, layers, jump), about)
+
+
+def find_jump(layers: Sequence[LayerDistance]) -> int | None:
+    """Return the index of the first layer at which the error jumps, or None if it grows evenly.
+
+    A jump is a fall of the SQNR by 10 dB or more below the least of the layers before it, which counts
+    as 50 dB at most, so that a first rounding from exact to 41 dB is none.
+    """
+    least = _GOOD_DB
+    for index, row in enumerate(layers):
+        level = row.distance.sqnr_db if row.distance.finite else -math.inf
+        if level <= least - _JUMP_DB:
+            return index
+        least = min(least, level)
+    return None
+
+
+def _check_outputs(first: Subject, second: Subject) -> None:
+    from sqcompile.errors import InputError
+
+    names = [
+        [value.name for value in subject.signature.outputs if value.is_tensor] for subject in (first, second)
+    ]
+    if len(names[0]) != len(names[1]):
+        raise InputError(
+            "The two have different outputs, so they cannot be compared.",
+            where=f"{first.name} and {second.name}",
+            seen=f"{', '.join(names[0])} and {', '.join(names[1])}",
+            expected="the same outputs in the same order",
+            next_step="compare a model with what was compiled from it",
+        )
+
+
+def _compare_outputs(
+    first: Subject, second: Subject, pairs: Sequence[tuple[list[Any], list[Any]]]
+) -> dict[str, Distance]:
+    import torch
+
+    from sqcompile.errors import InputError
+    from sqcompile.metrics import DistanceMeter
+
+    meters: dict[str, DistanceMeter] = {}
+    for left, right in progress().track(pairs, "running both"):
+        for value, expected, seen in zip(
+            first.signature.outputs, first.run(left), second.run(right), strict=True
+        ):
+            if not isinstance(expected, torch.Tensor):
+                continue
+            if expected.shape != seen.shape:
+                raise InputError(
+                    f"The output '{value.name}' has two different shapes.",
+                    where=f"{first.name} and {second.name}",
+                    seen=f"{tuple(expected.shape)} and {tuple(seen.shape)}",
+                    expected="equal shapes",
+                    next_step="compare a model with what was compiled from it",
+                )
+            meters.setdefault(value.name, DistanceMeter()).add(expected, seen)
+    return {name: meter.result() for name, meter in meters.items()}
+
+
+def _compare_layers(
+    first: Subject, second: Subject, batches: Sequence[list[Any]]
+) -> tuple[list[LayerDistance], list[str]]:
+    """Return one row a layer, or the reason why there are none."""
+    from sqcompile.compare import compare_layers
+
+    if first.program is None or second.program is None:
+        artifact = first if first.program is None else second
+        return [], [f"'{artifact.name}' shows its outputs only: compile to .pt2 to compare layers"]
+    rows = compare_layers(first.program, second.program, batches)
+    return rows, [] if rows else ["the two have no layers of the same names"]
+
+
+def _data(distance: Distance) -> dict[str, Any]:
+    return {
+        "sqnr_db": distance.sqnr_db,
+        "cosine": distance.cosine,
+        "max_error": distance.max_error,
+        "finite": distance.finite,
+    }
+
+
+def _show(
+    target: Console,
+    about: dict[str, Any],
+    outputs: dict[str, Distance],
+    layers: Sequence[LayerDistance],
+    jump: int | None,
+) -> None:
+
+    target.print(
+        f"{about['other']} against {about['reference']}, {about['batches']} batches of data", markup=False
+    )
+    table = _table("output")
+    for name, distance in outputs.items():
+        table.add_row(name, *_cells(distance))
+    target.print(table)
+    if layers:
+        table = _table("layer", "place")
+        for index, row in enumerate(layers):
+            mark = " ◀ jumps here" if index == jump else ""
+            style = "bold" if index == jump else None
+            table.add_row(row.name + mark, *_cells(row.distance), row.place, style=style)
+        target.print(table)
+        target.print(_verdict(layers, jump), markup=False)
+    for note in about["notes"]:
+        target.print(f"Note: {note}", markup=False)
+
+
+def _verdict(layers: Sequence[LayerDistance], jump: int | None) -> str:
+    from sqcompile.report_tables import sqnr_text
+
+    if jump is not None:
+        row = layers[jump]
+        return (
+            f"The error jumps at layer '{row.name}' ({sqnr_text(row.distance)}); leave it in floating point, or "
+            "give it more bits, to see what it costs."
+        )
+    if all(math.isinf(row.distance.sqnr_db) for row in layers):
+        return "All layers are equal."
+    return "The error does not jump at any layer: it grows evenly."
+
+
+def _table(first: str, *rest: str) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for column in (first, "SQNR", "cosine", "max error", *rest):
+        right = column in ("SQNR", "cosine", "max error")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _cells(distance: Distance) -> list[str]:
+    from sqcompile.report_tables import sqnr_text
+
+    return [sqnr_text(distance), f"{distance.cosine:.6f}", f"{distance.max_error:.3g}"]
