@@ -15,7 +15,7 @@ from sqcompile.matching import is_mask, sole_user, tensor_users, users_text
 from sqcompile.operators.table import argument
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program, value_of
-from sqcompile.rewrite import Rewriter
+from sqcompile.rewrite import Rewriter, set_bias
 from sqcompile.text import operator_name
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -201,7 +201,7 @@ def _fold_into_layer_before(edit: Rewriter, layer: Layer, node: fx.Node, affine:
     if (reason := _why_not_stored(layer, scaled, bias)) is not None:
         return reason
     edit.replace_tensor(layer.weight, scaled)
-    _set_bias(edit, layer, bias)
+    set_bias(edit, layer, bias)
     edit.replace(node, layer.node)
     edit.erase(node)
     return None
@@ -221,7 +221,7 @@ def _fold_into_layer_after(edit: Rewriter, layer: Layer, node: fx.Node, affine: 
         return reason
     edit.replace_tensor(layer.weight, scaled)
     if shifts:
-        _set_bias(edit, layer, bias)
+        set_bias(edit, layer, bias)
     edit.set_argument(layer.node, layer.operator.data[0], node.args[0])
     edit.erase(node)
     return None
@@ -264,20 +264,3 @@ def _along(values: torch.Tensor, layer: Layer, weight: torch.Tensor, axis: int) 
     shape[axis], shape[other] = share, length
     ordered = table if other < axis else table.t()
     return ordered.reshape(shape)
-
-
-def _set_bias(edit: Rewriter, layer: Layer, value: torch.Tensor) -> None:
-    """Give a layer a new bias: under the old name if nobody else reads it, else under a name of its own."""
-    assert layer.operator.bias is not None
-    old = layer.bias
-    if old is not None and len(tensor_users(edit.program, str(old.target))) == 1:
-        edit.replace_tensor(old, value)
-        return
-    owner, _, leaf = layer.weight_name.rpartition(".")
-    name = (f"{owner}.bias" if owner else "bias") if leaf.startswith("weight") else f"{leaf}_bias"
-    new = edit.constant(name, torch.nn.Parameter(value), like=layer.node)
-    arguments = list(layer.node.args)
-    arguments += [None] * (layer.operator.bias + 1 - len(arguments))
-    layer.node.args = tuple(arguments)
-    layer.node.kwargs = {key: item for key, item in layer.node.kwargs.items() if key != "bias"}
-    edit.set_argument(layer.node, layer.operator.bias, new)

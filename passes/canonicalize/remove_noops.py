@@ -76,8 +76,25 @@ _NEUTRAL: dict[object, int] = {
     aten.div.Tensor: 1,
     aten.div.Scalar: 1,
     aten.pow.Tensor_Scalar: 1,
+    # Of booleans; integers have other neutral elements.
+    aten.__and__.Tensor: 1,
+    aten.bitwise_and.Tensor: 1,
+    aten.logical_and.default: 1,
+    aten.__or__.Tensor: 0,
+    aten.bitwise_or.Tensor: 0,
+    aten.logical_or.default: 0,
 }
-_COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})
+_LOGICAL = frozenset(
+    {
+        aten.__and__.Tensor,
+        aten.bitwise_and.Tensor,
+        aten.logical_and.default,
+        aten.__or__.Tensor,
+        aten.bitwise_or.Tensor,
+        aten.logical_or.default,
+    }
+)
+_COMMUTATIVE = _LOGICAL | {aten.add.Tensor, aten.mul.Tensor}
 
 
 class RemoveNoops(Pass):
@@ -170,11 +187,20 @@ def _beside_neutral(program: Program, node: fx.Node) -> list[fx.Node]:
     if node.target in _COMMUTATIVE:
         pairs.append((node.args[1], node.args[0]))
     neutral = _NEUTRAL[node.target]
+    if node.target in _LOGICAL and value_of(node).dtype is not torch.bool:
+        return []
     return [
-        value
-        for value, other in pairs
-        if isinstance(value, fx.Node) and scalar_value(program, other) == neutral
+        value for value, other in pairs if isinstance(value, fx.Node) and _known(program, other) == neutral
     ]
+
+
+def _known(program: Program, value: object) -> float | int | None:
+    """Return a known number, or a known truth value as 0 or 1."""
+    if isinstance(value, fx.Node) and value.op == "get_attr" and program.has_tensor(str(value.target)):
+        tensor = program.tensor(value)
+        if tensor.dtype is torch.bool:
+            return int(tensor.item()) if tensor.numel() == 1 else None
+    return scalar_value(program, value)
 
 
 def _is_off(node: fx.Node) -> bool:
@@ -269,9 +295,11 @@ def _merge_with_argument(edit: Rewriter, node: fx.Node) -> None:
             shape = list(node.args[1])  # type: ignore[arg-type]
             # A reshape: memory may lie so that no view of that shape exists.
             merged = edit.call(aten.reshape.default, source.args[0], shape, like=node)
-        if same_type(value_of(merged), value_of(node)):
-            edit.replace(node, merged)
-            edit.erase(node)
+        if not same_type(value_of(merged), value_of(node)):
+            edit.discard(merged)
+            return
+        edit.replace(node, merged)
+        edit.erase(node)
         return
     outer, inner = _permutation(node), _permutation(source)
     if outer is None or inner is None or sole_user(source) is not node:
