@@ -93,6 +93,7 @@ class Rewriter:
 
     def read(self, name: str, like: fx.Node | None = None) -> fx.Node:
         """Return the node that reads a stored tensor; the program has one a tensor."""
+        node: fx.Node
         for node in self.graph.nodes:
             if node.op == "get_attr" and node.target == name:
                 return node
@@ -135,7 +136,8 @@ class Rewriter:
         Raises:
             VerifyError: If the new argument does not fit the operator; the node is then as it was.
         """
-        arguments, named = list(node.args), dict(node.kwargs)
+        arguments: list[Any] = list(node.args)
+        named = dict(node.kwargs)
         for position in range(len(arguments), index + 1):
             arguments.append(argument(node, position))
             named.pop(_parameter_name(node, position), None)

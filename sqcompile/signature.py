@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib
 import json
+import operator
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +21,15 @@ from sqcompile.errors import FileError, InputError, did_you_mean
 Dim = int | str
 """A size: a number, or the name of a symbolic dimension (or an expression of names)."""
 
-_NAME = re.compile(r"[A-Za-z_]\w*$")
+_CALL = "call of the program"
+
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 
 
 @dataclass(frozen=True)
@@ -83,17 +94,19 @@ class Signature:
             InputError: If an argument is missing, unknown, of another structure, type, shape or dtype.
         """
         args, kwargs = self._as_traced(args, kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        values = _in_order((args, kwargs), self.in_spec)
+        leaves, spec = pytree.tree_flatten(values)
         if spec != self.in_spec:
             raise InputError(
                 "The inputs are nested differently from those that the model was traced with.",
-                where="call of the program",
+                where=_CALL,
                 seen=_describe_structure(args, kwargs),
-                expected=", ".join(str(value) for value in self.inputs),
+                expected=self._expected(),
                 next_step="pass the same structure, or trace again with these inputs",
             )
-        sizes: dict[str, int] = {}
-        return [self._check(value, leaf, sizes) for value, leaf in zip(self.inputs, leaves, strict=True)]
+        leaves = [self._check(value, leaf) for value, leaf in zip(self.inputs, leaves, strict=True)]
+        self._check_dims(leaves)
+        return leaves
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """Put flat outputs back into the structure that the model returns."""
@@ -113,76 +126,71 @@ class Signature:
         keywords = list(traced_kwargs.context or [])
         if len(args) == positional and set(kwargs) == set(keywords):
             return tuple(args), {name: kwargs[name] for name in keywords}
-        if not self.arg_names:
-            self._reject_call(args, kwargs)
-        if len(args) > len(self.arg_names):
+        # Behind the parameters that have a name stand those of *args.
+        names = [*self.arg_names, *(f"input_{index}" for index in range(len(self.arg_names), positional))]
+        known = [*names[:positional], *keywords]
+        if len(args) > len(names):
             raise InputError(
-                f"The program takes {len(self.arg_names)} arguments.",
-                where="call of the program",
+                f"The program takes {len(known)} input{'s' if len(known) != 1 else ''}.",
+                where=_CALL,
                 seen=f"{len(args)} positional arguments",
-                expected=", ".join(self.arg_names),
+                expected=", ".join(known) or "no inputs",
                 next_step="drop the arguments that the model does not take",
             )
-        given = dict(zip(self.arg_names, args, strict=False))
+        given = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
             if name in given:
-                raise InputError(f"Argument '{name}' was given twice.", where="call of the program")
+                raise InputError(
+                    f"Input '{name}' was given twice.",
+                    where=_CALL,
+                    seen=f"positional argument {names.index(name)}, and {name}=…",
+                    expected="each input once",
+                    next_step=f"drop {name}=…, or pass the others by name too",
+                )
             given[name] = value
-        names = list(self.arg_names[:positional])
-        unknown = [name for name in given if name not in names and name not in keywords]
-        for name in unknown:
-            if given[name] is None:
+        for name in given:
+            if name not in known and given[name] is not None:
+                raise InputError(
+                    f"The program has no input '{name}'.",
+                    where=_CALL,
+                    seen=", ".join(given),
+                    expected=", ".join(known) or "no inputs",
+                    next_step=f"{did_you_mean(name, known)} Or trace again, with example inputs that hold it",
+                )
+        fixed = {value.name: value.constant for value in self.inputs if not value.is_tensor}
+        for name in known:
+            if name in given:
                 continue
-            raise InputError(
-                f"The program has no input '{name}'.",
-                where="call of the program",
-                seen=", ".join(given),
-                expected=", ".join([*names, *keywords]),
-                next_step=did_you_mean(name, [*names, *keywords])
-                + " — or trace again with example inputs that hold it",
-            )
-        fixed = self._constants()
-        for name in [*names, *keywords]:
-            if name not in given:
-                if name not in fixed:
-                    raise InputError(
-                        f"Input '{name}' is missing.",
-                        where="call of the program",
-                        seen=", ".join(given) or "no inputs",
-                        expected=", ".join(str(value) for value in self.inputs),
-                        next_step=f"pass {name}=…",
-                    )
-                given[name] = fixed[name]
-        return tuple(given[name] for name in names), {name: given[name] for name in keywords}
+            if name not in fixed:
+                raise InputError(
+                    f"Input '{name}' is missing.",
+                    where=_CALL,
+                    seen=", ".join(given) or "no inputs",
+                    expected=self._expected(),
+                    next_step=f"pass {name}=…",
+                )
+            given[name] = fixed[name]
+        return tuple(given[name] for name in known[:positional]), {name: given[name] for name in keywords}
 
-    def _constants(self) -> dict[str, Any]:
-        return {value.name: value.constant for value in self.inputs if not value.is_tensor}
+    def _expected(self) -> str:
+        return ", ".join(str(value) for value in self.inputs) or "no inputs"
 
-    def _reject_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        raise InputError(
-            "The call does not fit the program's inputs.",
-            where="call of the program",
-            seen=_describe_structure(args, kwargs),
-            expected=", ".join(str(value) for value in self.inputs),
-            next_step="pass the inputs as the model was traced with",
-        )
-
-    def _check(self, value: Value, leaf: Any, sizes: dict[str, int]) -> Any:
+    def _check(self, value: Value, leaf: Any) -> Any:
         where = f"input '{value.name}'"
         if not value.is_tensor:
-            if leaf is not None and leaf != value.constant:
+            if leaf is not None and not _is_constant(value.constant, leaf):
                 raise InputError(
                     f"Input '{value.name}' was fixed when the model was traced.",
                     where=where,
-                    seen=repr(leaf),
-                    expected=repr(value.constant),
-                    next_step=f"leave it out, or trace again with {value.name}={leaf!r}",
+                    seen=_describe_leaf(leaf),
+                    expected=_describe_leaf(value.constant),
+                    next_step="leave it out, or trace again with this value",
                 )
             return value.constant
         if not isinstance(leaf, torch.Tensor):
             try:
                 leaf = torch.as_tensor(leaf)
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, RuntimeError, OverflowError):
                 raise InputError(
                     f"Input '{value.name}' is not a tensor.",
                     where=where,
@@ -209,45 +217,80 @@ class Signature:
                 next_step="reshape it, or trace again with such an input",
             )
         for axis, (expected, size) in enumerate(zip(shape, leaf.shape, strict=True)):
-            self._check_size(value, axis, expected, int(size), seen, sizes)
-        return leaf
-
-    def _check_size(
-        self, value: Value, axis: int, expected: Dim, size: int, seen: str, sizes: dict[str, int]
-    ) -> None:
-        where = f"input '{value.name}', dimension {axis}"
-        if isinstance(expected, int):
-            if size != expected:
+            if isinstance(expected, int) and size != expected:
                 raise InputError(
                     f"Input '{value.name}' has the wrong size.",
-                    where=where,
+                    where=f"input '{value.name}', dimension {axis}",
                     seen=seen,
                     expected=str(value),
                     next_step=f"pass size {expected}, or make the dimension dynamic with dynamic_shapes",
                 )
-            return
-        if not _NAME.match(expected):
-            return
-        if sizes.setdefault(expected, size) != size:
-            raise InputError(
-                f"Dimension '{expected}' has two different sizes in one call.",
-                where=where,
-                seen=f"{sizes[expected]} and {size}",
-                expected="one size",
-                next_step="make the inputs agree",
-            )
-        low, high = self.dims.get(expected, (0, None))
-        if size < low or (high is not None and size > high):
-            raise InputError(
-                f"Dimension '{expected}' is out of its range.",
-                where=where,
-                seen=size,
-                expected=f"{low} to {'any size' if high is None else high}",
-                next_step="change the input, or the range given in dynamic_shapes",
-            )
+        return leaf
+
+    def _check_dims(self, leaves: Sequence[Any]) -> None:
+        """Check the sizes of symbolic dimensions: each has one size, within its range."""
+        found = [
+            (expected, int(size), f"input '{value.name}', dimension {axis}")
+            for value, leaf in zip(self.inputs, leaves, strict=True)
+            if value.is_tensor
+            for axis, (expected, size) in enumerate(zip(value.shape or (), leaf.shape, strict=True))
+            if isinstance(expected, str)
+        ]
+        sizes: dict[str, int] = {}
+        for name, size, where in found:
+            if not name.isidentifier():
+                continue
+            if sizes.setdefault(name, size) != size:
+                raise InputError(
+                    f"Dimension '{name}' has two different sizes in one call.",
+                    where=where,
+                    seen=f"{sizes[name]} and {size}",
+                    expected="one size",
+                    next_step="make the inputs agree",
+                )
+            low, high = self.dims.get(name, (0, None))
+            if size < low or (high is not None and size > high):
+                raise InputError(
+                    f"Dimension '{name}' is out of its range.",
+                    where=where,
+                    seen=size,
+                    expected=f"{low} to {'any size' if high is None else high}",
+                    next_step="change the input, or the range given in dynamic_shapes",
+                )
+        for expression, size, where in found:
+            wanted = _evaluate(expression, sizes)
+            if wanted is not None and wanted != size:
+                shown = ", ".join(f"{name} = {sizes[name]}" for name in sizes if name in expression)
+                raise InputError(
+                    f"A dimension is not '{expression}'.",
+                    where=where,
+                    seen=f"{size}, with {shown}",
+                    expected=f"{expression} = {wanted}",
+                    next_step="make the inputs agree",
+                )
 
     def to_json(self) -> str:
-        """Return the signature as JSON text, which artifacts carry beside the graph."""
+        """Return the signature as JSON text, which artifacts carry beside the graph.
+
+        Raises:
+            FileError: If inputs or outputs are nested in a class that PyTorch has no name for.
+        """
+        try:
+            return self._to_json()
+        except (NotImplementedError, TypeError) as error:
+            raise FileError(
+                "The structure of the inputs or outputs cannot be stored.",
+                where="signature",
+                seen=str(error).splitlines()[0],
+                expected="tuples, lists, dicts, and classes registered under a name",
+                next_step="return a tuple or dict, or register the class with "
+                "torch.utils._pytree.register_pytree_node(…, serialized_type_name=…)",
+            ) from error
+
+    def _to_json(self) -> str:
+        kinds = _kinds_of(self.in_spec) | _kinds_of(self.out_spec)
+        for kind in kinds:
+            _register(kind)
         return json.dumps(
             {
                 "inputs": [_value_to_json(value) for value in self.inputs],
@@ -256,7 +299,7 @@ class Signature:
                 "out_spec": pytree.treespec_dumps(self.out_spec),
                 "arg_names": list(self.arg_names),
                 "dims": {name: list(bounds) for name, bounds in self.dims.items()},
-                "modules": sorted(_modules_of(self.in_spec) | _modules_of(self.out_spec)),
+                "kinds": sorted([kind.__module__, kind.__qualname__] for kind in kinds),
             }
         )
 
@@ -269,18 +312,35 @@ class Signature:
         """
         try:
             data = json.loads(text)
-            _import_modules(data.get("modules", []))
-            return cls(
+            for module, name in data["kinds"]:
+                _register(_find_kind(module, name))
+            for spec in ("in_spec", "out_spec"):
+                _refuse_references(data[spec])
+            signature = cls(
                 inputs=tuple(_value_from_json(item) for item in data["inputs"]),
                 outputs=tuple(_value_from_json(item) for item in data["outputs"]),
                 in_spec=pytree.treespec_loads(data["in_spec"]),
                 out_spec=pytree.treespec_loads(data["out_spec"]),
-                arg_names=tuple(data["arg_names"]),
-                dims={name: (bounds[0], bounds[1]) for name, bounds in data["dims"].items()},
+                arg_names=tuple(map(str, data["arg_names"])),
+                dims={str(name): (int(low), high) for name, (low, high) in data["dims"].items()},
             )
-        except (KeyError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            counts = signature.in_spec.num_leaves, signature.out_spec.num_leaves
+            if counts != (len(signature.inputs), len(signature.outputs)):
+                raise ValueError(f"{counts} leaves, and other numbers of inputs and outputs")
+            return signature
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise FileError(
                 "The signature stored in the file cannot be read.",
+                where="signature",
                 seen=f"{type(error).__name__}: {error}",
                 expected="the JSON text that sqcompile writes",
                 next_step="import the package that defines the model's output class, or compile again",
@@ -310,14 +370,61 @@ def _children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
     return list(spec.children())
 
 
-def _describe_structure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    def describe(leaf: Any) -> str:
-        if isinstance(leaf, torch.Tensor):
-            return describe_type(leaf.dtype, tuple(leaf.shape))
-        return type(leaf).__name__
+def _in_order(value: Any, spec: pytree.TreeSpec) -> Any:
+    """Return a structure with the keys of its dicts in the order of the traced one; the rest as it is."""
+    if spec.is_leaf():
+        return value
+    children = _children(spec)
+    if type(value) is dict and spec.type is dict:
+        if set(value) != set(spec.context):
+            return value
+        return {key: _in_order(value[key], child) for key, child in zip(spec.context, children, strict=True)}
+    if type(value) in (tuple, list) and spec.type is type(value) and len(value) == len(children):
+        return type(value)(_in_order(item, child) for item, child in zip(value, children, strict=True))
+    return value
 
-    shown = [str(pytree.tree_map(describe, arg)) for arg in args]
-    shown += [f"{name}={pytree.tree_map(describe, value)}" for name, value in kwargs.items()]
+
+def _is_constant(constant: Any, leaf: Any) -> bool:
+    """Whether a leaf is the value that was traced in."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf is constant
+    if isinstance(constant, str) and isinstance(leaf, (torch.dtype, torch.device)):
+        return str(leaf) == constant  # as a stored signature holds it
+    try:
+        return leaf is constant or bool(leaf == constant)
+    except (TypeError, ValueError, RuntimeError):  # arrays, and what else cannot be compared
+        return False
+
+
+def _evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
+    """Return the value of a size such as `2*n + 1`, or None where it has parts that are not known."""
+
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.Name):
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        raise KeyError(expression)
+
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (KeyError, SyntaxError, ArithmeticError, RecursionError):
+        return None
+
+
+def _describe_leaf(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return describe_type(leaf.dtype, tuple(leaf.shape))
+    return repr(leaf) if isinstance(leaf, (type(None), bool, int, float, str)) else type(leaf).__name__
+
+
+def _describe_structure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    shown = [str(pytree.tree_map(_describe_leaf, arg)) for arg in args]
+    shown += [f"{name}={pytree.tree_map(_describe_leaf, value)}" for name, value in kwargs.items()]
     return ", ".join(shown) or "no inputs"
 
 
@@ -334,35 +441,83 @@ def _value_to_json(value: Value) -> dict[str, Any]:
 
 
 def _value_from_json(item: Mapping[str, Any]) -> Value:
-    return Value(
-        name=item["name"],
-        shape=None if item["shape"] is None else tuple(item["shape"]),
-        dtype=None if item["dtype"] is None else getattr(torch, item["dtype"]),
-        constant=item["constant"],
-    )
+    dtype = None if item["dtype"] is None else getattr(torch, item["dtype"])
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise ValueError(f"'{item['dtype']}' is no dtype")
+    shape = None if item["shape"] is None else tuple(item["shape"])
+    if any(not isinstance(size, (int, str)) for size in shape or ()):
+        raise ValueError(f"{shape} is no shape")
+    return Value(name=str(item["name"]), shape=shape, dtype=dtype, constant=item["constant"])
 
 
-def _modules_of(spec: pytree.TreeSpec) -> set[str]:
-    """Names of the modules whose import registers the structure's own classes."""
-    found: set[str] = set()
-    if not spec.is_leaf():
-        kind = spec.type
-        if isinstance(kind, type) and kind.__module__ not in ("builtins", "collections"):
-            found.add(kind.__module__)
-        for child in spec.children():
-            found |= _modules_of(child)
+def _kinds_of(spec: pytree.TreeSpec) -> set[type]:
+    """Return the classes in a structure, beside Python's own containers."""
+    found: set[type] = set()
+    if spec.is_leaf():
+        return found
+    # The type of a named tuple is `namedtuple` for all; its own class is the context.
+    kind = spec.context if isinstance(spec.context, type) else spec.type
+    if isinstance(kind, type) and kind.__module__ not in _HARMLESS:
+        found.add(kind)
+    for child in spec.children():
+        found |= _kinds_of(child)
     return found
 
 
-def _import_modules(names: Sequence[str]) -> None:
-    """Import what registers the output classes; a file may not make us import just anything."""
-    for name in names:
-        package = name.split(".")[0]
-        if package in ("torch", "builtins") or name in sys.modules:
-            continue
-        if package != "transformers":
-            raise ValueError(f"the outputs need the module '{name}', which is not imported")
+def _register(kind: type) -> None:
+    """Give a named tuple or dataclass the name under which PyTorch stores structures of it."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+        return
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        pytree._register_namedtuple(kind, serialized_type_name=name)
+    elif dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+        torch.export.register_dataclass(kind, serialized_type_name=name)
+
+
+def _find_kind(module: str, name: str) -> type:
+    """Return a class that a file names; a file may not make us import just anything."""
+    if module not in sys.modules:
+        if module.split(".")[0] != "transformers":
+            raise ValueError(f"it needs the class {module}.{name}, and that module is not imported")
         try:
-            importlib.import_module(name)
+            importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"the outputs need the package '{package}'") from error
+            raise ValueError(f"it needs {module}.{name}, which cannot be imported: {error}") from error
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{module} has no class {name}")
+    return found
+
+
+# Of these the standard library's default factories are: nothing that they name does anything when imported.
+_HARMLESS = frozenset({"builtins", "collections"})
+
+
+def _refuse_references(text: str) -> None:
+    """Refuse a stored structure that makes PyTorch import a module of the file's choice.
+
+    PyTorch imports what default dicts and enumerations name, before it looks whether it is such a thing.
+    """
+
+    def visit(value: Any) -> None:
+        if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+            try:
+                value = json.loads(value)  # contexts are JSON texts inside the JSON text
+            except ValueError:
+                return
+        if isinstance(value, list):
+            for item in value:
+                visit(item)
+        if isinstance(value, dict):
+            module = value.get("default_factory_module", "builtins")
+            if "__enum__" in value:
+                module = str(value.get("fqn")).partition(":")[0]
+            if module not in _HARMLESS and module not in sys.modules:
+                raise ValueError(f"the structure needs the module '{module}', which is not imported")
+            for item in value.values():
+                visit(item)
+
+    visit(json.loads(text))
