@@ -118,8 +118,7 @@ def from_exported_program(
 
 def _export(model: nn.Module, inputs: Inputs, given: Inputs, dynamic_shapes: Any) -> ExportedProgram:
     def export() -> ExportedProgram:
-        # Without gradients: traced with them, attention records other strides than it has when the
-        # graph is decomposed for ONNX, which then fails (T5, Swin, BEiT).
+        # As inference runs: blocks under torch.no_grad() then leave no regions in the graph.
         with quiet(), torch.no_grad(), _eval_mode(model):
             return torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
 

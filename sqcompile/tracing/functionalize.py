@@ -193,10 +193,11 @@ def _out_of_place(graph: fx.Graph, node: fx.Node, mode: FakeTensorMode) -> fx.No
     with graph.inserting_before(node):
         result = create_call(graph, operator, node.args, node.kwargs)
     result.meta = dict(node.meta)
-    # Written in place, a value keeps its type and shape; out of place it may be promoted or broadcast.
+    # Written in place, a value keeps its type and shape; out of place, a second tensor may promote or
+    # broadcast it.
     written = node.args[0]
     assert isinstance(written, fx.Node)
-    if same_type(infer_node(result, mode), written.meta["val"]):
+    if len(node.all_input_nodes) == 1 or same_type(infer_node(result, mode), written.meta["val"]):
         return result
     graph.erase_node(result)
     return None
