@@ -1,3 +1,6 @@
 """Pruning: deciding which weights are zero, and making them so."""
 
-__all__: list[str] = []
+from sqcompile.passes.prune.apply_masks import ApplyMasks
+from sqcompile.passes.prune.mask_weights import MaskWeights
+
+__all__ = ["ApplyMasks", "MaskWeights"]
