@@ -88,7 +88,8 @@ def trace(
     check_weights(model)
     register_containers(inputs, model)
     names = argument_names(model)
-    exported = _export(model, enlarge_dynamic_sizes(inputs, names, dynamic_shapes), inputs, dynamic_shapes)
+    inputs = enlarge_dynamic_sizes(inputs, names, dynamic_shapes)
+    exported = _export(model, inputs, dynamic_shapes)
     return from_exported_program(exported, arg_names=names, dynamic_shapes=dynamic_shapes)
 
 
@@ -116,17 +117,18 @@ def from_exported_program(
     return program
 
 
-def _export(model: nn.Module, inputs: Inputs, given: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+def _export(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> ExportedProgram:
+    args, kwargs = inputs
+
     def export() -> ExportedProgram:
         # As inference runs: blocks under torch.no_grad() then leave no regions in the graph.
         with quiet(), torch.no_grad(), _eval_mode(model):
-            return torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
 
     try:
         return export()
     except Exception as error:
-        with torch.no_grad(), _eval_mode(model):
-            outputs = _run_eagerly(model, given, error)
+        outputs = _run_eagerly(model, inputs, error)
         if not any([register_dataclass(type(leaf)) for leaf in pytree.tree_leaves(outputs)]):
             raise explain(error, model) from error
     try:
@@ -139,14 +141,17 @@ def _run_eagerly(model: nn.Module, inputs: Inputs, reason: Exception) -> Any:
     """Run the model on its examples, to tell inputs that it does not take from code that cannot be traced."""
     args, kwargs = inputs
     try:
-        return model(*args, **kwargs)
+        with torch.no_grad(), _eval_mode(model):
+            return model(*args, **kwargs)
     except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         raise InputError(
             f"{type(model).__name__} fails on the example inputs, traced or not.",
             where=model_line(error.__traceback__, model) or "example_inputs",
-            seen=f"{type(error).__name__}: {error}",
-            expected="inputs that model(*args, **kwargs) accepts",
-            next_step="call the model with them, and correct the inputs or the model",
+            seen=f"{type(error).__name__}: {error} (inputs: {', '.join(map(str, shapes))})",
+            expected="inputs that model(*args, **kwargs) accepts; those of size 1 along a dynamic "
+            "dimension are repeated to size 2",
+            next_step="call the model with them, and correct the inputs, dynamic_shapes or the model",
         ) from reason
 
 
@@ -176,10 +181,7 @@ def _flat_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:
         return module, graph
     with quiet(), torch.no_grad():
         functional = exported.run_decompositions({})
-    signature = functional.graph_signature
-    refuse_mutated_state(
-        functional.graph_module, {**signature.buffers_to_mutate, **signature.parameters_to_mutate}
-    )
+    _refuse_mutated_state(functional)
     module, graph = _copy_graph(functional)
     if not remove_in_place(graph, (), fake_mode_in(graph)):
         raise TraceError(

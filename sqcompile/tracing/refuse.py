@@ -32,7 +32,8 @@ def refuse_random(graph: fx.Graph) -> None:
                 where=locate(node),
                 seen=str(node.target),
                 expected="the same result for the same inputs",
-                next_step="pass training=self.training to functional dropout, or take the numbers as an input",
+                next_step="pass training=self.training to functional dropout, or take the numbers as an input; "
+                "export a model after model.eval()",
             )
 
 
@@ -47,11 +48,11 @@ def refuse_running_statistics(graph: fx.Graph) -> None:
             continue
         if argument(node, 5) and argument(node, 3) is not None:
             raise TraceError(
-                "A batch norm is in training mode although the model is traced in eval mode.",
+                "A batch norm normalizes by its batch and updates its running statistics.",
                 where=locate(node),
                 seen="batch_norm with training=True, which updates its running statistics",
                 expected="batch_norm with its running statistics",
-                next_step="pass training=self.training",
+                next_step="pass training=self.training; export a model after model.eval()",
             )
 
 

@@ -172,6 +172,20 @@ def test_examples_that_share_a_dimension_grow_together() -> None:
     assert torch.equal(program(pair=large, options=None), Nested()(large))
 
 
+def test_an_example_that_cannot_grow_says_so() -> None:
+    shapes = {"pair": ({0: Dim("batch")}, [None, None]), "options": None}  # the second has a batch, too
+    pair = (torch.ones(1, 3), [torch.ones(3, 3)[:1].expand(1, 3), torch.ones(3)])
+
+    class Stacks(nn.Module):
+        def forward(self, pair: tuple[Tensor, list[Tensor]], options: object = None) -> Tensor:
+            return torch.cat([pair[0], pair[1][0]], dim=1)
+
+    with pytest.raises(InputError, match="fails on the example inputs") as caught:
+        sqcompile.trace(Stacks(), {"pair": pair, "options": None}, dynamic_shapes=shapes)
+    assert "(2, 3), (1, 3)" in str(caught.value.seen)
+    assert "repeated to size 2" in str(caught.value.expected)
+
+
 def test_given_examples_are_not_changed() -> None:
     x = torch.ones(1, 3)
     sqcompile.trace(nn.Linear(3, 2), (x,), dynamic_shapes=({0: Dim("batch")},))

@@ -81,7 +81,7 @@ CASES = [
     (Leaves, "numpy", "leaves PyTorch for NumPy", "torch function of the same name"),
     (DropsOut, "dropout", "draws random numbers", "training=self.training"),
     (AddsNoise, "noise", "draws random numbers", "take the numbers as an input"),
-    (NormalizesByBatch, "batch", "batch norm is in training mode", "training=self.training"),
+    (NormalizesByBatch, "batch", "normalizes by its batch", "training=self.training"),
     (Autocasts, "autocast", "enables autocast", "model.to(dtype)"),
 ]
 
@@ -128,6 +128,17 @@ def test_an_error_of_the_model_itself_is_not_about_tracing() -> None:
         sqcompile.trace(Checks(), (torch.ones(2, 2),))
     assert place("check") in str(caught.value.where)
     assert "three rows, please" in str(caught.value.seen)
+
+
+def test_programs_that_were_exported_in_training_mode() -> None:
+    x = torch.randn(2, 4)
+    for layer, what in (
+        (nn.Dropout(0.5), "draws random numbers"),
+        (nn.BatchNorm1d(4), "normalizes by its batch"),
+    ):
+        with pytest.raises(TraceError, match=what) as caught:
+            sqcompile.trace(torch.export.export(layer.train(), (x,)))
+        assert "after model.eval()" in str(caught.value.next_step)
 
 
 def test_scripted_modules() -> None:
