@@ -89,7 +89,7 @@ class Node:
         """
         if not isinstance(self.value, int) or isinstance(self.value, bool) or self.value < least:
             raise self.wrong(what, f"a whole number, {least} or more")
-        return self.value
+        return int(self.value)  # without how it was written
 
     def choice(self, what: str, choices: Iterable[str]) -> str:
         """Return the value, which must be one of a few words.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
-from sqcompile.errors import PassOptionError
+from sqcompile.errors import PassContractError, PassOptionError
 from sqcompile.levels import Level
 from sqcompile.remarks import Remark
 
@@ -34,7 +36,7 @@ class Keeps:
 
     @classmethod
     def bitwise(cls) -> Keeps:
-        """Equal outputs, bit for bit."""
+        """Equal outputs, bit for bit; -0 counts as 0, and NaN as NaN."""
         return cls("bitwise")
 
     @classmethod
@@ -108,7 +110,8 @@ class Pass(ABC):
 
     A subclass declares its options as annotated fields with defaults (it becomes a frozen,
     keyword-only dataclass by itself), the level that it requires and produces, and what it keeps.
-    Its text name follows from the class name: `FoldBatchNorm` is `fold-batch-norm`.
+    Its text name follows from the class name: `FoldBatchNorm` is `fold-batch-norm`. Options may be given
+    as recipes write them (`pattern="2:4"`, `layers="fc"`); `__post_init__` finds them in their own types.
 
     A pass holds no state. It may edit the program's graph freely, through `Rewriter`; it replaces
     tensors and never writes into them; data, seed and progress come from the context.
@@ -120,15 +123,37 @@ class Pass(ABC):
     keeps: ClassVar[Keeps] = Keeps.interface()
     changes_interface: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, register: bool = True, **kwargs: Any) -> None:
+        """Make a subclass a dataclass, and known by its text name.
+
+        Args:
+            register: Whether recipes and the command line know the pass. Passes that are defined inside
+                a function are never known by name.
+            **kwargs: For other base classes.
+
+        Raises:
+            PassContractError: If an option has no type, or another pass has the name already.
+        """
         super().__init_subclass__(**kwargs)
+        _check_options(cls)
+        check = getattr(cls, "__post_init__", None)
+
+        def read_then_check(self: Pass) -> None:
+            from sqcompile.pipeline.text import read_options
+
+            read_options(self)
+            if check is not None:
+                check(self)
+
+        cls.__post_init__ = read_then_check  # type: ignore[attr-defined]
         # Applied here and not by a decorator, because a decorator gets forgotten, and then a pass
         # silently has no options.
         dataclass(frozen=True, kw_only=True)(cls)
         if "name" not in cls.__dict__:
             cls.name = text_name(cls.__name__)
-        if not getattr(cls, "__abstractmethods__", None) and "run" in dir(cls):
-            _REGISTRY.setdefault(cls.name, cls)
+        abstract = getattr(cls.run, "__isabstractmethod__", False)
+        if register and not abstract and "<locals>" not in cls.__qualname__:
+            _register(cls)
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -155,6 +180,49 @@ class Pass(ABC):
             expected=expected,
             next_step=f"see the options with: sqcompile passes {self.name}",
         )
+
+
+def _check_options(kind: type[Pass]) -> None:
+    """Refuse class attributes that look like options and are none, for want of an annotation."""
+    annotated = inspect.get_annotations(kind)
+    for name, value in vars(kind).items():
+        plain = not callable(value) and not isinstance(value, (property, classmethod, staticmethod))
+        if name.startswith("_") or not plain or name in annotated or name in _CLASS_VARIABLES:
+            continue
+        raise PassContractError(
+            f"'{name}' of the pass {kind.__name__} has no type.",
+            where=f"class {kind.__module__}.{kind.__qualname__}",
+            seen=f"{name} = {value!r}",
+            expected=f"{name}: {type(value).__name__} = …",
+            next_step="annotate it as an option, or as ClassVar if it is none",
+        )
+
+
+_CLASS_VARIABLES = frozenset({"name", "requires", "produces", "keeps", "changes_interface"})
+
+
+def _register(kind: type[Pass]) -> None:
+    """Let a pass be found by its text name; a class that is defined again takes its old one's place."""
+    old = _REGISTRY.get(kind.name)
+    if old is not None and not _is_redefinition(old, kind):
+        raise PassContractError(
+            f"There are two passes called '{kind.name}'.",
+            where=f"class {kind.__module__}.{kind.__qualname__}",
+            seen=f"{old.__module__}.{old.__qualname__} has the name already",
+            expected="a name of its own for each pass",
+            next_step="rename the class, set another `name`, or define it with register=False",
+        )
+    _REGISTRY[kind.name] = kind
+
+
+def _is_redefinition(old: type[Pass], new: type[Pass]) -> bool:
+    """Whether a class comes from the place of another: a cell run again, a module loaded again."""
+    if old.__qualname__ != new.__qualname__:
+        return False
+    if old.__module__ == new.__module__ or "__main__" in (old.__module__, new.__module__):
+        return True
+    files = {getattr(sys.modules.get(kind.__module__), "__file__", None) for kind in (old, new)}
+    return len(files) == 1 and None not in files
 
 
 def text_name(class_name: str) -> str:

@@ -18,9 +18,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 from sqcompile.errors import Error, PassOptionError, RecipeError, did_you_mean
@@ -142,7 +145,35 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
                 expected=type_text(hints[field.name]),
                 next_step=f"write {kind.name}{{{_dashed(field.name)}=…}}",
             )
-    return kind(**values)
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:  # from the pass's own check, in __post_init__
+        raise PassOptionError(
+            f"Pass {kind.name} does not take these options.",
+            where=f"pass {kind.name}",
+            seen=f"{', '.join(f'{_dashed(key)}={value_text(value)}' for key, value in values.items())} ({error})",
+            expected="; ".join(f"{_dashed(field.name)}: {type_text(hints[field.name])}" for field in fields),
+            next_step=f"see the options with: sqcompile passes {kind.name}",
+        ) from error
+
+
+def read_options(item: Pass) -> None:
+    """Bring the options of a new pass, which may be plain values, into their declared types.
+
+    Raises:
+        PassOptionError: If a plain value does not fit.
+    """
+    try:
+        hints = typing.get_type_hints(type(item))
+    except (NameError, TypeError):  # types that only exist inside a function: left to the pass itself
+        return
+    for field in option_fields(type(item)):
+        value = getattr(item, field.name)
+        if not isinstance(value, (str, int, float, list, tuple, dict)) and value is not None:
+            continue  # an object of the option's own type, such as an observer
+        owner = f"pass {item.name}"
+        (value,) = _read_options(owner, {field.name: hints[field.name]}, {field.name: value}).values()
+        object.__setattr__(item, field.name, value)
 
 
 def pipeline_options(pipeline: NamedPipeline) -> dict[str, Any]:
@@ -156,7 +187,12 @@ def _parse_item(text: str) -> tuple[str, dict[str, Any]]:
     text = text.strip()
     name, brace, rest = text.partition("{")
     if brace and not rest.endswith("}"):
-        raise RecipeError(f"'{text}' lacks the closing brace.", seen=text, expected="name{option=value}")
+        raise RecipeError(
+            f"'{text}' lacks the closing brace.",
+            seen=text,
+            expected="name{option=value}",
+            next_step="close the brace; passes are separated by commas",
+        )
     options: dict[str, Any] = {}
     for part in _split(rest[:-1], ",") if brace else []:
         if not part.strip():
@@ -172,7 +208,11 @@ def _parse_item(text: str) -> tuple[str, dict[str, Any]]:
             )
         if key in options:
             raise RecipeError(
-                f"Option '{key}' is given twice.", where=name, seen=text, next_step="leave one of the two"
+                f"Option '{key}' is given twice.",
+                where=f"pass {name}",
+                seen=text,
+                expected="each option once",
+                next_step="leave one of the two",
             )
         options[key] = parse_value(value.strip())
     return name, options
@@ -198,8 +238,8 @@ def _read_options(owner: str, hints: Mapping[str, Any], options: Mapping[str, An
                 f"Option '{key}' of {owner} cannot take this value. {error.what}",
                 where=owner,
                 seen=f"{key}={value_text(value)}",
-                expected=error.expected,
-                next_step=error.next_step,
+                expected=error.expected or type_text(hints[field]),
+                next_step=error.next_step or f"see the options with: sqcompile passes {owner.split()[-1]}",
             ) from error
         except (TypeError, ValueError) as error:
             raise PassOptionError(
@@ -224,7 +264,7 @@ def coerce(value: Any, hint: Any) -> Any:
         ValueError: If it does not fit.
     """
     if hint is Any:
-        return value
+        return _plain(value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for option in sorted(arguments, key=lambda kind: kind is str):  # text last: everything is text
@@ -238,14 +278,24 @@ def coerce(value: Any, hint: Any) -> Any:
                 continue
         raise TypeError(f"{value!r} fits none of {type_text(hint)}")
     if origin is typing.Literal:
-        if value in arguments:
-            return value
+        for argument in arguments:
+            if argument == value and type(argument) in type(value).__mro__:
+                return argument
         raise ValueError(did_you_mean(str(value), [str(item) for item in arguments]))
     if origin is tuple:
         return _coerce_tuple(value, arguments)
     if isinstance(hint, type):
         return _coerce_type(value, hint)
     raise TypeError(f"options of type {hint} cannot be read from text")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without how its numbers were written."""
+    if isinstance(value, (_Int, _Float)):
+        return int(value) if isinstance(value, _Int) else float(value)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -261,15 +311,27 @@ def _coerce_tuple(value: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _coerce_type(value: Any, hint: type) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, hint) and type(value) is bool and hint is not bool:
+        raise TypeError(f"{value_text(value)} is no {hint.__name__}")  # to Python it is an int
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is int and isinstance(value, int):
+        return int(value)
+    if hint is str and isinstance(value, (_Int, _Float)):
+        return value.text
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint is str and isinstance(value, float):
+        raise TypeError("write it in quotes, or it is read as a number")
+    if isinstance(value, hint):
         return value
+    if issubclass(hint, Enum):
+        return hint(value)
     if isinstance(value, str) and hasattr(hint, "parse"):
         return hint.parse(value)
-    raise TypeError(f"{type(value).__name__} is not {hint.__name__}")
+    if isinstance(value, (str, _Int, _Float)) and issubclass(hint, PurePath):
+        return hint(str(value))
+    raise TypeError(f"{type_text(type(value))} is not {hint.__name__}")
 
 
 def value_text(value: Any) -> str:
@@ -278,39 +340,109 @@ def value_text(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Enum):
+        return value_text(value.value)
     if isinstance(value, (tuple, list)):
-        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        if _is_table(value):
             return "{" + ",".join(f"{_key_text(k)}:{value_text(v)}" for k, v in value) + "}"
         return "[" + ",".join(value_text(item) for item in value) + "]"
     text = str(value)
-    if isinstance(value, str) and (parse_value(text) != text or any(c in text for c in ',{}[]="')):
-        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return text
+    if isinstance(value, (int, float)):
+        return text
+    if isinstance(value, str):
+        return text if _is_bare(text) else _quoted(text)
+    # Formats, observers and the like: their own braces stand, as `percentile{bins=2048}` does.
+    return text if _is_one_value(text) else _quoted(text)
 
 
 def parse_value(text: str) -> Any:
-    """Read one value: list, table, quoted text, number, true, false, none or bare text."""
+    """Read one value: list, table, quoted text, number, true, false, none or bare text.
+
+    Numbers remember how they were written: a layer called `0.10` is not `0.1`.
+
+    Raises:
+        RecipeError: If a bracket or quote is left open, or a key of a table is given twice.
+    """
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         return [parse_value(part) for part in _split(text[1:-1], ",") if part.strip()]
     if text.startswith("{") and text.endswith("}"):
-        table = {}
-        for part in _split(text[1:-1], ","):
-            key, colon, value = _partition_key(part)
-            if not colon:
-                raise RecipeError(f"'{part}' is no entry of a table.", seen=text, expected="{key:value,…}")
-            table[str(parse_value(key))] = parse_value(value)
-        return table
-    if len(text) >= 2 and text[0] == text[-1] == '"':
-        return text[1:-1].replace('\\"', '"').replace("\\\\", "\\")
-    if text in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[text]
-    for kind in (int, float):
+        return _parse_table(text)
+    if text.startswith('"'):
+        if not _QUOTED.fullmatch(text):
+            raise RecipeError(
+                f"'{text}' is no quoted text.",
+                seen=text,
+                expected='"…", with \\" for a quote inside and \\\\ for a backslash',
+                next_step="close the quote, or remove what follows it",
+            )
+        return re.sub(r"\\(.)", r"\1", text[1:-1], flags=re.S)
+    if text in _WORDS:
+        return _WORDS[text]
+    for kind in (_Int, _Float):
         try:
             return kind(text)
         except ValueError:
             continue
     return text
+
+
+def _parse_table(text: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for part in _split(text[1:-1], ","):
+        if not part.strip():
+            continue
+        key, colon, value = _partition_key(part.strip())
+        if not colon:
+            raise RecipeError(
+                f"'{part.strip()}' is no entry of a table.",
+                seen=text,
+                expected="{key:value,…}",
+                next_step="add ':value'; a key that holds a colon is quoted",
+            )
+        name = str(parse_value(key))
+        if name in table:
+            raise RecipeError(
+                f"'{name}' stands twice in a table.",
+                seen=text,
+                expected="each key once",
+                next_step="leave one of the two",
+            )
+        table[name] = parse_value(value)
+    return table
+
+
+class _Int(int):
+    """An integer that prints as it was written."""
+
+    text: str
+
+    def __new__(cls, text: str) -> _Int:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Float(float):
+    """A number that prints as it was written."""
+
+    text: str
+
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+_WORDS = {"true": True, "false": False, "none": None}
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+_CLOSERS = {"[": "]", "{": "}"}
 
 
 def type_text(hint: Any) -> str:
@@ -326,6 +458,10 @@ def type_text(hint: Any) -> str:
         return "(" + ", ".join(type_text(item) for item in arguments) + ")"
     if hint is type(None):
         return "none"
+    if isinstance(hint, type) and issubclass(hint, (_Int, _Float)):
+        return "int" if issubclass(hint, _Int) else "float"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " or ".join(value_text(item) for item in hint)
     return getattr(hint, "__name__", str(hint))
 
 
@@ -337,38 +473,78 @@ def _default(option: dataclasses.Field[Any]) -> Any:
     return dataclasses.MISSING
 
 
-def _key_text(key: Any) -> str:
-    text = value_text(key)
-    return f'"{text}"' if ":" in text and not text.startswith('"') else text
+def _is_table(value: Sequence[Any]) -> bool:
+    """Whether pairs can be written as a table: texts as keys, each once."""
+    pairs = all(isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in value)
+    return bool(value) and pairs and len({key for key, _ in value}) == len(value)
+
+
+def _key_text(key: str) -> str:
+    return key if _is_bare(key) and ":" not in key else _quoted(key)
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a text reads back as itself, wherever it stands, without quotes."""
+    if not text or text != text.strip() or any(character in text for character in ',{}[]="'):
+        return False
+    return type(parse_value(text)) is str
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether a text, with the brackets in it, reads back as one value."""
+    try:
+        bare = text == text.strip() and text[:1] not in '[{"' and _split(text, ",") == [text]
+        return bare and type(parse_value(text)) is str
+    except RecipeError:
+        return False
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _partition_key(part: str) -> tuple[str, str, str]:
-    if not part.strip().startswith('"'):
+    quoted = _QUOTED.match(part)
+    if quoted is None:
         return part.partition(":")
-    stripped = part.strip()
-    end = stripped.index('"', 1)
-    rest = stripped[end + 1 :].lstrip()
-    return stripped[: end + 1], rest[:1], rest[1:]
+    rest = part[quoted.end() :].lstrip()
+    return quoted.group(), rest[:1] if rest[:1] == ":" else "", rest[1:]
 
 
 def _split(text: str, separator: str) -> list[str]:
     """Split at separators that stand outside brackets, braces and quotes."""
-    parts, depth, start, quoted = [], 0, 0, False
-    for index, character in enumerate(text):
-        if character == '"' and (index == 0 or text[index - 1] != "\\"):
-            quoted = not quoted
-        elif quoted:
+    parts: list[str] = []
+    open_brackets: list[str] = []
+    start = index = 0
+    while index < len(text):
+        character = text[index]
+        if character == '"':
+            quoted = _QUOTED.match(text, index)
+            if quoted is None:
+                open_brackets.append('"')
+                break
+            index = quoted.end()
             continue
-        elif character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
-            if depth < 0:
-                raise RecipeError(f"'{text}' closes a bracket that was never opened.", seen=text)
-        elif character == separator and depth == 0:
+        if character in _CLOSERS:
+            open_brackets.append(_CLOSERS[character])
+        elif character in _CLOSERS.values():
+            if not open_brackets or open_brackets.pop() != character:
+                raise RecipeError(
+                    f"'{text}' closes a bracket that was never opened.",
+                    seen=f"'{character}' at character {index + 1}",
+                    expected="brackets in pairs",
+                    next_step="open it, or quote the text that holds it",
+                )
+        elif character == separator and not open_brackets:
             parts.append(text[start:index])
             start = index + 1
-    if depth or quoted:
-        raise RecipeError(f"'{text}' leaves a bracket or quote open.", seen=text, next_step="close it")
+        index += 1
+    if open_brackets:
+        raise RecipeError(
+            f"'{text}' leaves a bracket or quote open.",
+            seen=text,
+            expected=f"a closing {open_brackets[-1]}",
+            next_step="close it",
+        )
     parts.append(text[start:])
     return parts
