@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from sqcompile.docstrings import Docstring
+from sqcompile.docstrings import Docstring, attribute_docs
 from sqcompile.errors import RecipeError, did_you_mean
 from sqcompile.pipeline.contract import Pass, option_fields
 from sqcompile.pipeline.text import (
@@ -122,7 +122,7 @@ def find_entry(name: str) -> Entry:
 def _pass_entry(kind: type[Pass]) -> Entry:
     doc = Docstring.of(kind)
     hints = typing.get_type_hints(kind)
-    meanings = doc.entries(*_OPTION_SECTIONS)
+    meanings = {**doc.entries(*_OPTION_SECTIONS), **attribute_docs(kind)}
     options = []
     for item in option_fields(kind):
         default: Any = item.default

@@ -58,8 +58,7 @@ class DataFile:
             CalibrationError: If it does not fit the model's inputs.
         """
         expected = ExpectedInputs.of(model)
-        path, array = self._split()
-        require_file(path, "data file")
+        path, array = self.check()
         if path.suffix == ".txt":
             from sqcompile.data_text import read_text
 
@@ -68,8 +67,12 @@ class DataFile:
             samples = read_arrays(path, array, expected)
         return Batches(samples, self, expected)
 
-    def _split(self) -> tuple[Path, str | None]:
-        """Return the path, and the name of the array behind it."""
+    def check(self) -> tuple[Path, str | None]:
+        """Return the path, and the name of the array behind it, if there is such a file.
+
+        Raises:
+            FileError: If it cannot be read, or is of another kind.
+        """
         head, colon, name = self.path.rpartition(":")
         named = bool(colon) and head.endswith(".npz")
         path, array = (Path(head), name) if named else (Path(self.path), None)
@@ -81,6 +84,7 @@ class DataFile:
                 expected="one of " + ", ".join(SUFFIXES),
                 next_step="save arrays with numpy.savez(path, name=array), one array an input",
             )
+        require_file(path, "data file")
         return path, array
 
 

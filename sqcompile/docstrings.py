@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from dataclasses import dataclass
 
 
@@ -67,3 +69,22 @@ class Docstring:
     def paragraphs(self) -> list[str]:
         """Return the body's paragraphs, each on one line."""
         return [" ".join(part.split()) for part in re.split(r"\n\s*\n", self.body) if part.strip()]
+
+
+def attribute_docs(kind: type) -> dict[str, str]:
+    """Return the texts that stand below a class's annotated fields, each on one line.
+
+    A class whose source is not at hand has none.
+    """
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return {}
+    body = getattr(tree, "body", [])
+    found: dict[str, str] = {}
+    for item, following in zip(body, body[1:], strict=False):
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            found[item.target.id] = " ".join(str(following.value.value).split())
+    return found

@@ -48,6 +48,12 @@ def save_program(program: Program, path: Path) -> None:
             "signature": program.signature.to_json(),
             "level": program.level.value,
             "sparsity": {name: _pack(record) for name, record in program.sparsity.items()},
+            # Which node of the traced program a node stands for: what comparing layers goes by.
+            "stands_for": {
+                node.name: node.meta["stands_for"]
+                for node in program.compute_nodes()
+                if "stands_for" in node.meta
+            },
         }
     )
     with atomic_file(path) as temporary:
@@ -105,6 +111,9 @@ def load_program(path: Path) -> Program:
         program.signature = Signature.from_json(entry["signature"])
         program.level = Level(entry["level"])
         program.sparsity = {name: _unpack(item) for name, item in entry["sparsity"].items()}
+        for node in program.compute_nodes():
+            if node.name in entry.get("stands_for", {}):
+                node.meta["stands_for"] = entry["stands_for"][node.name]
     except (KeyError, ValueError, TypeError) as error:
         raise FileError(
             f"'{path}' carries a damaged description.",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _JUMP_DB = 10.0
 """A fall of the SQNR by so much, from one layer to the next, is called a jump."""
 
+_ROUNDING_DB = 100.0
+"""Above it, two values differ by the rounding of float32 only."""
+
 _GOOD_DB = 50.0
 """What counts as undisturbed: above it, a fall is the first rounding and no jump."""
 
@@ -194,6 +197,8 @@ def _verdict(layers: Sequence[LayerDistance], jump: int | None) -> str:
         )
     if all(math.isinf(row.distance.sqnr_db) for row in layers):
         return "All layers are equal."
+    if all(row.distance.sqnr_db > _ROUNDING_DB for row in layers):
+        return "All layers agree up to the rounding of float32."
     return "The error does not jump at any layer: it grows evenly."
 
 

@@ -176,6 +176,8 @@ def _job(given: dict[str, Any]) -> Recipe:
     job = check_choices(dataclasses.replace(recipe, **changes))
     if job.output is not None:
         check_target(Path(job.output))
+    if job.data is not None:
+        job.data.check()
     return job
 
 

@@ -98,12 +98,4 @@ def _show_one(target: Console, entry: Entry) -> None:
             Text(f"  {option.name}", style="cyan"), Text(option.type), Text(default), Text(option.doc)
         )
     target.print(table)
-    target.print(Text(f"\nWrite it as {example_text(entry)}", style="dim"))
-
-
-def example_text(entry: Entry) -> str:
-    """Return the entry as text with one of its options, to copy from."""
-    if not entry.options:
-        return entry.name
-    option = entry.options[0]
-    return f"{entry.name}{{{option.name}={option.default if option.default is not None else '…'}}}"
+    target.print(Text(f"\nIn a pipeline: {entry.name}{{{entry.options[0].name}=…}}", style="dim"))

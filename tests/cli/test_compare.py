@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from sqcompile.cli.compare import find_jump
+from sqcompile.compare import LayerDistance
+from sqcompile.metrics import EQUAL, Distance
+
+
+@pytest.fixture
+def compiled(run, folder: Path):
+    def make(passes: str, name: str) -> None:
+        result = run(
+            "compile", "net.py:make", "-d", "x.npz", "-p", passes, "-o", name, "--backend", "reference"
+        )
+        assert result.code == 0, result.err
+
+    return make
+
+
+def test_a_folded_program_agrees_layer_by_layer(run, folder: Path, compiled) -> None:
+    compiled("fold-batch-norm", "folded.pt2")
+    about = run("compare", "net.py:make", "folded.pt2", "-d", "x.npz", "--json").json
+    # The folded convolution stands for the batch norm, in the file too; compared with the convolution
+    # before the batch norm it would be far off.
+    assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
+    assert all(layer["sqnr_db"] > 100 for layer in about["layers"])
+    assert about["jump"] is None
+
+
+def test_names_the_layer_where_the_error_jumps(run, folder: Path, compiled) -> None:
+    compiled("quantize-weights{weight=int2:channel=0,layers=[fc]}", "coarse.pt2")
+    result = run("compare", "net.py:make", "coarse.pt2", "-d", "x.npz")
+    assert result.code == 0, result.err
+    assert "jumps at layer 'fc'" in result.out
+    (row,) = [line for line in result.out.splitlines() if "◀" in line]
+    assert "fc" in row
+
+
+def test_equal_programs_are_equal(run, folder: Path) -> None:
+    result = run("compare", "net.py:make", "net.py:make", "-d", "x.npz")
+    assert result.code == 0
+    assert "All layers are equal." in result.out
+
+
+def test_compares_outputs_with_an_artifact(run, folder: Path) -> None:
+    run("compile", "net.py:make", "-d", "x.npz", "-o", "net.onnx")
+    about = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--json").json
+    assert about["outputs"]["output"]["sqnr_db"] > 100
+    assert about["batches"] == 2
+
+
+def test_limits_the_samples(run, folder: Path) -> None:
+    arguments = (
+        "compare",
+        "net.py:make",
+        "net.py:make",
+        "-d",
+        "x.npz",
+        "--batch",
+        "2",
+        "--samples",
+        "6",
+        "--json",
+    )
+    assert run(*arguments).json["batches"] == 3
+
+
+def test_models_with_other_outputs_cannot_be_compared(run, folder: Path) -> None:
+    (folder / "other.py").write_text(
+        "from torch import nn\n\n\nclass Other(nn.Module):\n"
+        "    def forward(self, image):\n        return image, image + 1\n\n\ndef make():\n    return Other()\n"
+    )
+    result = run("compare", "net.py:make", "other.py:make", "-d", "x.npz")
+    assert result.code == 1
+    assert "different outputs" in result.err
+
+
+def _rows(*levels: float) -> list[LayerDistance]:
+    distances = [EQUAL if math.isinf(level) and level > 0 else Distance(level, 1.0, 0.1) for level in levels]
+    return [LayerDistance(f"layer{index}", "", "", distance) for index, distance in enumerate(distances)]
+
+
+@pytest.mark.parametrize(
+    ("levels", "jump"),
+    [
+        ([], None),
+        ([math.inf, math.inf], None),
+        ([math.inf, 41.0, 38.0, 35.0], None),  # a first rounding, and even growth
+        ([45.0, 42.0, 25.0, 10.0], 2),  # the first one, not the deepest
+        ([39.0, 45.0, 30.0], 0),  # below 40 at once
+        ([45.0, 60.0, 38.0], None),  # against the least before, not the last
+    ],
+)
+def test_a_jump_is_a_fall_of_ten_decibels(levels: list[float], jump: int | None) -> None:
+    assert find_jump(_rows(*levels)) == jump
+
+
+def test_a_layer_that_is_not_finite_is_a_jump() -> None:
+    rows = [*_rows(60.0), LayerDistance("bad", "", "", Distance(-math.inf, 0.0, math.inf, finite=False))]
+    assert find_jump(rows) == 1
