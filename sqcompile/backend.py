@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,11 +39,15 @@ class Session(ABC):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs (`Signature.bind`) and return flat outputs as torch tensors."""
 
-    def profile(self, inputs: Sequence[Any], *, runs: int = 10) -> dict[str, float]:
-        """Return the median time of every layer, in ns, by the name of the program's node.
+    def profile(
+        self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10
+    ) -> dict[str, float]:
+        """Return the median time of layers in ns, by name; backends that cannot tell return nothing.
 
-        What the runtime adds around a layer to feed it (quantizing its data, say) counts to the layer.
-        Backends that cannot tell return nothing.
+        Args:
+            inputs: Flat, checked inputs of one call.
+            layers: Names of the layers that are asked for.
+            runs: Calls to take the median of.
         """
         return {}
 

@@ -47,11 +47,12 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
     )
     report.latency = Latency(statistics.median(dense_ns), statistics.median(compiled_ns), runs, threads)
     report.dense_file_bytes = dense.size_bytes
-    dense_times = dense_session.profile(inputs)
-    compiled_times = session.profile(inputs)
+    names = {row.name for row in report.layers}
+    dense_times = dense_session.profile(inputs, names)
+    compiled_times = session.profile(inputs, names)
     for row in report.layers:
-        row.dense_ns = dense_times.get(row.node)
-        row.compiled_ns = compiled_times.get(row.node)
+        row.dense_ns = dense_times.get(row.name)
+        row.compiled_ns = compiled_times.get(row.name)
     return report
 
 
