@@ -10,7 +10,7 @@ from torch import Tensor
 # Values are binned in pieces of this many, so that the temporaries stay below 16 MB.
 _PIECE = 1 << 20
 
-# Below it, the reciprocal of the bin width would not be a finite float32.
+# Bins start this fine: only denormal numbers share the two around zero.
 _LEAST_EXPONENT = -126
 
 
@@ -39,19 +39,12 @@ class Histogram:
         return math.ldexp(1.0, self.exponent)
 
     def add(self, x: Tensor, largest: float) -> None:
-        """Count the values of `x`, all finite and at most `largest` in magnitude.
-
-        A value over 2**126 times smaller than a bin counts as zero, whatever its sign.
-
-        Shapes: x [...].
-        """
+        """Count the values of `x`, all finite and at most `largest` in magnitude. Shapes: x [...]."""
         # largest < 2**power, so it lies below bins * width.
         power = math.frexp(largest)[1] if largest > 0 else _LEAST_EXPONENT
         self._coarsen(max(self.exponent, power - self.bins.bit_length() + 1))
-        reciprocal = math.ldexp(1.0, -self.exponent)
         for piece in x.detach().reshape(-1).split(_PIECE):
-            index = (piece.float() * reciprocal).floor_().to(torch.int32).add_(self.bins)
-            self.counts += torch.bincount(index, minlength=2 * self.bins).cpu()
+            self.counts += self._count(piece)
 
     def merge(self, other: Histogram) -> None:
         """Add the counts of `other`, which has as many bins."""
@@ -68,6 +61,11 @@ class Histogram:
     def centers(self) -> Tensor:
         """Return the middle of each bin. Shapes: result [2 * bins], float64."""
         return (torch.arange(-self.bins, self.bins, dtype=torch.float64) + 0.5) * self.width
+
+    def _count(self, x: Tensor) -> Tensor:
+        # Float64: in float32 a tiny negative number over a wide bin would underflow to zero, and change sides.
+        index = x.to(torch.float64, copy=True).mul_(math.ldexp(1.0, -self.exponent)).floor_().to(torch.int32)
+        return torch.bincount(index.add_(self.bins), minlength=2 * self.bins).cpu()
 
     def _coarsen(self, exponent: int) -> None:
         if exponent == self.exponent:
