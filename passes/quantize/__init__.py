@@ -1,9 +1,11 @@
 """Passes that turn floating-point programs into integer ones."""
 
 from sqcompile.passes.quantize.calibrate import Calibrate
+from sqcompile.passes.quantize.correct_bias import CorrectBias
+from sqcompile.passes.quantize.equalize_layers import EqualizeLayers
 from sqcompile.passes.quantize.fold_qdq import FoldQDQ
 from sqcompile.passes.quantize.freeze_observers import FreezeObservers
 from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 
-__all__ = ["Calibrate", "FoldQDQ", "FreezeObservers", "InsertObservers", "QuantizeWeights"]
+__all__ = ["Calibrate", "CorrectBias", "EqualizeLayers", "FoldQDQ", "FreezeObservers", "InsertObservers", "QuantizeWeights"]

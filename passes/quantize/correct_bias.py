@@ -15,7 +15,7 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.simulate import Simulation
 from sqcompile.quantization.observed import is_observe
-from sqcompile.rewrite import Rewriter
+from sqcompile.rewrite import Rewriter, set_bias
 
 
 class CorrectBias(Pass):
@@ -145,11 +145,5 @@ def _beside(shift: Tensor, layer: Layer) -> Tensor:
 
 def _shift_bias(edit: Rewriter, layer: Layer, shift: Tensor) -> None:
     old = layer.bias
-    if old is not None and len(old.users) == 1:
-        value = edit.program.tensor(old).detach()
-        edit.replace_tensor(old, (value.double() + shift).to(value.dtype))
-        return
     bias = shift if old is None else edit.program.tensor(old).detach().double() + shift
-    constant = edit.constant(f"{layer.name}.bias", bias.float(), like=layer.node)
-    assert layer.operator.bias is not None
-    edit.set_argument(layer.node, layer.operator.bias, constant)
+    set_bias(edit, layer, bias.float())
