@@ -141,7 +141,7 @@ def _run_eagerly(model: nn.Module, inputs: Inputs, reason: Exception) -> Any:
     """Run the model on its examples, to tell inputs that it does not take from code that cannot be traced."""
     args, kwargs = inputs
     try:
-        with torch.no_grad(), _eval_mode(model):
+        with torch.no_grad(), _eval_mode(model), _buffers_kept(model):
             return model(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
@@ -167,6 +167,17 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a run writes into buffers: counters, statistics, caches."""
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            buffer.copy_(value)
 
 
 def _flat_graph(exported: ExportedProgram) -> tuple[nn.Module, fx.Graph]:

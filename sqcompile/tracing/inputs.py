@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import _DimHint, _DimHintType
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from sqcompile.errors import InputError, TraceError, did_you_mean
@@ -73,9 +74,17 @@ def check_weights(model: nn.Module) -> None:
     """Check that the model's tensors hold data.
 
     Raises:
-        TraceError: If one lies on the meta device, which only knows shapes.
+        TraceError: If one lies on the meta device, which only knows shapes, or is not initialized.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise TraceError(
+                "The model's weights are not initialized.",
+                where=f"parameter or buffer '{name}'",
+                seen="a tensor of a lazy module, whose shape the first call decides",
+                expected="weights with a shape",
+                next_step="call the model once, and train or load it",
+            )
         if tensor.is_meta:
             raise TraceError(
                 "The model's weights are not loaded.",

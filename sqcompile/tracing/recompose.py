@@ -119,7 +119,8 @@ def _swapped_axes(node: fx.Node) -> bool:
 
 
 def _softmax(node: fx.Node) -> _Call | None:
-    return None if argument(node, 2) else (_aten.softmax.int, tuple(node.args[:2]))
+    half_to_float = argument(node, 2)
+    return _aten.softmax.int, (*node.args[:2], torch.float32 if half_to_float else None)
 
 
 _RULES: dict[Any, Callable[[fx.Node], _Call | None]] = {

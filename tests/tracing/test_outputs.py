@@ -132,3 +132,19 @@ def test_a_language_model_takes_its_cache() -> None:
         result, expected = program(**inputs(3, 9, 2)), model(**inputs(3, 9, 2))
     assert torch.equal(result.logits, expected.logits)
     assert result.past_key_values.layers[1].keys.shape[2] == 11
+
+
+def test_a_cache_of_another_kind_is_refused_by_name() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    tokens = torch.ones(2, 3, dtype=torch.int64)
+    model, inputs = (
+        transformers.T5ForConditionalGeneration(config),
+        {"input_ids": tokens, "decoder_input_ids": tokens},
+    )
+    with pytest.raises(TraceError, match="EncoderDecoderCache") as caught:
+        sqcompile.trace(model, inputs)
+    assert "use_cache=False" in str(caught.value.next_step)
+    sqcompile.trace(model, {**inputs, "use_cache": False})

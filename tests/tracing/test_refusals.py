@@ -155,6 +155,13 @@ def test_weights_that_are_not_loaded() -> None:
     assert "'weight'" in str(caught.value.where)
 
 
+def test_weights_that_have_no_shape_yet() -> None:
+    model = nn.LazyLinear(3)
+    with pytest.raises(TraceError, match="not initialized"):
+        sqcompile.trace(model, (torch.ones(1, 2),))
+    assert model.has_uninitialized_params()
+
+
 def test_torch_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     level = logging.root.manager.disable
     with pytest.raises(TraceError):
