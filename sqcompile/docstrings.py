@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Docstring:
         return cls(
             " ".join(summary.split()),
             body.strip(),
-            {name: inspect.cleandoc("\n" + "\n".join(lines)).strip() for name, lines in sections.items()},
+            {name: _dedent(lines) for name, lines in sections.items()},
         )
 
     def entries(self, *names: str) -> dict[str, str]:
@@ -71,6 +72,12 @@ class Docstring:
         return [" ".join(part.split()) for part in re.split(r"\n\s*\n", self.body) if part.strip()]
 
 
+def _dedent(lines: list[str]) -> str:
+    """Join a section's lines; the first one may stand behind the section's name."""
+    inline = bool(lines) and not lines[0].startswith(" ")
+    return inspect.cleandoc(("" if inline else "\n") + "\n".join(lines)).strip()
+
+
 def attribute_docs(kind: type) -> dict[str, str]:
     """Return the texts that stand below a class's annotated fields, each on one line.
 
@@ -82,7 +89,7 @@ def attribute_docs(kind: type) -> dict[str, str]:
         return {}
     body = getattr(tree, "body", [])
     found: dict[str, str] = {}
-    for item, following in zip(body, body[1:], strict=False):
+    for item, following in itertools.pairwise(body):
         if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
             continue
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):

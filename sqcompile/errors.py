@@ -14,6 +14,8 @@ from typing import ClassVar
 class Error(Exception):
     """Base of every exception that sqcompile raises.
 
+    `str(error)` is the text of four parts; the parts are also attributes.
+
     Args:
         what: One sentence that says what went wrong.
         where: The place: node, module path and source line, or file and line.
@@ -63,65 +65,132 @@ def _rebuild(kind: type[Error], state: dict[str, object]) -> Error:
 
 
 class TraceError(Error):
-    """The model cannot be turned into a program: control flow on data, an unknown operator, a mutation."""
+    """The model cannot be turned into a program; the text names the model's own line.
+
+    - It branches on the values of a tensor: compute both sides and choose with `torch.where`.
+    - It takes a size or an index from the values of a tensor: take it from shapes, or pass it as a number.
+    - It writes into its own parameters or buffers: take the tensor as an input and return the new value.
+    - It leaves PyTorch (`.numpy()`, `.item()`): use the torch function of the same name.
+    - It is in training mode: call `model.eval()`.
+    - `module.py:factory` raised: call the factory in Python.
+    """
 
 
 class InputError(Error):
-    """A call's inputs do not fit: structure, shape, dtype, or a dimension out of its range."""
+    """A call's inputs do not fit: structure, shape, dtype, or a dimension out of its range.
+
+    - A size is not the traced one: make the dimension dynamic (`dynamic_shapes={"x": {0: "batch"}}`).
+    - The inputs are not known: pass `example_inputs`, calibration data, or on the command line `--input`.
+    - The model fixes a dimension that was declared dynamic: leave it out of `dynamic_shapes`.
+    """
 
 
 class CalibrationError(Error):
-    """Calibration data is missing, empty, of the wrong shape or type, or holds NaN or infinity."""
+    """Calibration data is missing, empty, of the wrong shape or type, or holds NaN or infinity.
+
+    - A pass needs data and there is none: pass `calibration=[batch, …]`, or `--data FILE.npz`.
+    - Arrays have other names than the model's inputs: name them alike, or take one with `FILE.npz:name`.
+    - The kind of number differs (bytes for floats): prepare the data as in training, then convert it.
+    """
 
 
 class FormatError(Error):
-    """A number format that does not exist or does not fit the tensor it is asked for."""
+    """A number format or pattern that does not exist, or does not fit the tensor it is asked for.
+
+    - Formats are written `int8`, `uint8:affine`, `int4:group=32`, `int8:token:dynamic`: see
+      [quantization](quantization.md).
+    - Patterns are written `unstructured`, `2:4` or `1x4`.
+    """
 
 
 class SelectionError(Error):
-    """A pattern that selects layers matches none; the nearest names are given."""
+    """A pattern that selects layers matches none; the nearest names are given.
+
+    - List the layers with `sqcompile inspect MODEL`.
+    - A pattern is a layer's name, a module path that the layer lies in, a shell pattern (`layers.*.mlp`),
+      or `re:` and a regular expression.
+    """
 
 
 class PassError(Error):
-    """A pass failed; the text names it, the passes before it, the node and the dumped graph."""
+    """A pass failed; the text names it, the passes before it, the node and the dumped graph.
+
+    - A pass of your own: the dumped graph is what it was given; `--debug` shows the traceback.
+    - A pass of sqcompile: please report it, with the dumped graph.
+    """
 
 
 class PassOptionError(PassError):
-    """A pass was given an option that it does not have, or a value out of range."""
+    """A pass was given an option that it does not have, or a value that it cannot take.
+
+    - `sqcompile passes NAME` lists the options of a pass with types and defaults.
+    """
 
     exit_code = 2
 
 
 class PassContractError(PassError):
-    """A pass broke its contract: it misreported a change, wrote into a tensor, or changed the interface."""
+    """A pass broke its contract: it misreported a change, wrote into a tensor, or returned the wrong thing.
+
+    - It reports changes and made none, or the reverse: return the number from `Rewriter.finish()`.
+    - It wrote into a tensor: make a new one and call `Rewriter.replace_tensor`.
+    - It has no `PassResult`: return one from `run`, also where nothing changed.
+    """
 
 
 class LevelError(PassError):
-    """A pass needs another level than the program's, or two passes conflict in their order."""
+    """A pass needs another level than the program's, or two passes conflict in their order.
+
+    - Passes on float programs come before quantization.
+    - `insert-observers`, `calibrate`, `freeze-observers` belong together, in this order.
+    """
 
 
 class VerifyError(PassError):
-    """A program breaks an invariant: structure, shapes, level, quantization or sparsity."""
+    """A program breaks an invariant: structure, shapes, level, quantization or sparsity.
+
+    - After a pass of your own: insert nodes with `Rewriter.call`, which records shapes and types.
+    - A scale is not finite and positive: look for NaN, infinity and constant channels in weights and data.
+    - A pruned weight has nonzeros again: prune after the pass, or multiply with the mask again.
+    """
 
 
 class NumericError(PassError):
-    """The numbers moved further than a pass promised, or turned NaN or infinite."""
+    """The numbers moved further than a pass promised, or turned NaN or infinite.
+
+    - The text names the first layer where both programs part: leave it out of the pass (`exclude`).
+    - A pass of your own may promise less: `keeps = Keeps.close(rtol=…)`, or `Keeps.interface()`.
+    """
 
 
 class UnsupportedError(Error):
-    """A backend cannot run the program; every unsupported node is listed at once."""
+    """A backend cannot run the program; every unsupported node is listed at once.
+
+    - Use another backend (`backend="reference"` runs everything), or compile a part of the model.
+    """
 
 
 class BackendError(Error):
-    """A backend failed while it lowered, loaded or ran a program."""
+    """A backend failed while it lowered, loaded or ran a program, or is not installed.
+
+    - Compile with `backend="reference"` to see whether the program itself is right.
+    """
 
 
 class FileError(Error):
-    """A file cannot be read or written; nothing is left half-written."""
+    """A file cannot be read or written; nothing is left half-written.
+
+    - Files of similar names in the same folder are offered.
+    - A full disk or a read-only folder leaves the old file as it was.
+    """
 
 
 class RecipeError(Error):
-    """A recipe or pipeline text is wrong; line and nearest valid name are given."""
+    """A recipe, a pipeline's text or a command line is wrong; line and nearest valid name are given.
+
+    - [Recipes](recipes.md) lists the keys; `sqcompile passes` lists the passes.
+    - On a command line, put texts with braces or brackets into quotes.
+    """
 
     exit_code = 2
 

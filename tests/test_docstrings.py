@@ -35,7 +35,7 @@ def test_takes_a_docstring_apart() -> None:
     doc = Docstring.of(Documented)
     assert doc.summary == "Fold one thing into another."
     assert doc.paragraphs() == ["Why it exists, over two lines.", "A second paragraph: with a colon."]
-    assert doc.sections["Shapes"] == "x [N, C];\n    y [N]."
+    assert doc.sections["Shapes"] == "x [N, C];\ny [N]."
     assert doc.sections["Rewrites"] == "a(b)  ==>  c;\nd  ==>  e."
     assert doc.entries("Attributes") == {"share": "The share, of one.", "kind": "The kind."}
 
