@@ -1,4 +1,7 @@
-from typing import TypedDict
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
 
 class _CpuInfo(TypedDict):
     architecture: str
@@ -14,3 +17,125 @@ class _CpuInfo(TypedDict):
     flags: dict[str, bool]
 
 def cpu_info() -> _CpuInfo: ...
+def isa_levels() -> list[str]: ...
+def isa_available(name: str) -> bool: ...
+def default_isa() -> str: ...
+def kernels() -> dict[str, list[tuple[str, str, bool]]]: ...
+
+class ThreadPool:
+    def __new__(cls, threads: int) -> ThreadPool: ...
+    @property
+    def threads(self) -> int: ...
+
+def allocate(size_bytes: int) -> NDArray[np.uint8]: ...
+def quantize(
+    pool: ThreadPool,
+    isa: str | None,
+    mode: str,
+    is_signed: bool,
+    x: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    k_padded: int,
+    scale_group: int,
+    sum_group: int,
+    scale: NDArray[np.float32],
+    zero_point: NDArray[np.int32] | None,
+    sum: NDArray[np.int32] | None,
+) -> str: ...
+def qgemm_packed_bytes(n: int, k: int) -> int: ...
+def qgemm_pack(b: NDArray[np.int8], packed: NDArray[np.int8], sum: NDArray[np.int32]) -> None: ...
+def qgemm(
+    pool: ThreadPool,
+    isa: str | None,
+    k: int,
+    a: NDArray[np.uint8],
+    a_scale: NDArray[np.float32],
+    a_zero: NDArray[np.int32],
+    b: NDArray[np.int8],
+    b_sum: NDArray[np.int32],
+    b_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    c: NDArray[np.float32],
+) -> str: ...
+def q4gemm_packed_bytes(n: int, k: int, group: int) -> int: ...
+def q4gemm_scratch_bytes(m: int, k: int, group: int) -> int: ...
+def q4gemm_pack(codes: NDArray[np.uint8], group: int, packed: NDArray[np.uint8]) -> None: ...
+def q4gemm(
+    pool: ThreadPool,
+    isa: str | None,
+    k: int,
+    group: int,
+    a: NDArray[np.int8],
+    a_sum: NDArray[np.int32],
+    a_scale: NDArray[np.float32],
+    b: NDArray[np.uint8],
+    table: NDArray[np.int8],
+    b_scale: NDArray[Any],
+    b_zero: NDArray[np.int8] | None,
+    bias: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    c: NDArray[np.float32],
+    scratch: NDArray[np.uint8],
+) -> str: ...
+
+VALUE_SLACK: int
+
+def qsparse_mask_count(n: int, k: int) -> int: ...
+def qsparse_scratch_bytes(m: int, k: int) -> int: ...
+def qsparse_pack(
+    b: NDArray[np.int8],
+    masks: NDArray[np.uint64],
+    values: NDArray[np.uint8],
+    value_start: NDArray[np.uint64],
+    sum: NDArray[np.int32],
+) -> None: ...
+def qsparse(
+    pool: ThreadPool,
+    isa: str | None,
+    k: int,
+    a: NDArray[np.uint8],
+    a_scale: NDArray[np.float32],
+    a_zero: NDArray[np.int32],
+    masks: NDArray[np.uint64],
+    values: NDArray[np.uint8],
+    value_start: NDArray[np.uint64],
+    b_sum: NDArray[np.int32],
+    b_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    c: NDArray[np.float32],
+    scratch: NDArray[np.uint8],
+) -> str: ...
+def q4sparse_mask_count(n: int, k: int, group: int) -> int: ...
+def q4sparse_value_bytes(keep: NDArray[np.uint8], group: int) -> int: ...
+def q4sparse_pack(
+    codes: NDArray[np.uint8],
+    keep: NDArray[np.uint8],
+    group: int,
+    masks: NDArray[np.uint64],
+    values: NDArray[np.uint8],
+    value_start: NDArray[np.uint64],
+) -> None: ...
+def q4sparse(
+    pool: ThreadPool,
+    isa: str | None,
+    k: int,
+    group: int,
+    a: NDArray[np.int8],
+    a_sum: NDArray[np.int32],
+    a_scale: NDArray[np.float32],
+    masks: NDArray[np.uint64],
+    values: NDArray[np.uint8],
+    value_start: NDArray[np.uint64],
+    table: NDArray[np.int8],
+    b_scale: NDArray[Any],
+    bias: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    c: NDArray[np.float32],
+    scratch: NDArray[np.uint8],
+) -> str: ...

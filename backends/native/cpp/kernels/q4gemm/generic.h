@@ -1,0 +1,170 @@
+// The algorithm of every q4gemm kernel, over the types of kernels/simd.
+
+#ifndef SQC_KERNELS_Q4GEMM_GENERIC_H_
+#define SQC_KERNELS_Q4GEMM_GENERIC_H_
+
+#include "kernels/epilogue.h"
+#include "kernels/q4gemm/q4gemm.h"
+
+namespace sqc {
+namespace {
+
+static SQC_INLINE std::int64_t group_count(const Q4gemmParams& p) { return (p.k + p.group - 1) / p.group; }
+
+// Scales of one panel and group.
+template <class S>
+static SQC_INLINE typename S::F32 load_scale(const Q4gemmParams& p, std::int64_t index) {
+  return p.b_scale_is_half ? S::load_half(static_cast<const std::uint16_t*>(p.b_scale) + index * 16)
+                           : S::load_f(static_cast<const float*>(p.b_scale) + index * 16);
+}
+
+// total + the group's sum times its scale. `index` counts panels times groups.
+template <class S>
+static SQC_INLINE typename S::F32 add_group(const Q4gemmParams& p, std::int64_t m, std::int64_t groups, std::int64_t g,
+                                            std::int64_t index, typename S::I32 sum, typename S::F32 scale,
+                                            typename S::F32 total) {
+  const std::int32_t a_sum = p.a_sum[m * groups + g];
+  if (p.b_zero != nullptr) {
+    const auto zero = S::add_i(S::load_i8(p.b_zero + index * 16), S::set_i(S::kTableOffset));
+    sum = S::sub_i(sum, S::mul_i(zero, S::set_i(a_sum)));
+  } else if (S::kTableOffset != 0) {
+    sum = S::sub_i(sum, S::set_i(S::kTableOffset * a_sum));
+  }
+  if (p.a_scale_per_group) scale = S::mul_f(scale, S::set_f(p.a_scale[m * groups + g]));
+  return S::fma_f(S::to_float(sum), scale, total);
+}
+
+template <class S>
+static SQC_INLINE void finish_panel(const Q4gemmParams& p, std::int64_t m, std::int64_t panel, typename S::F32 total) {
+  const auto row_scale = S::set_f(p.a_scale_per_group ? 1.0f : p.a_scale[m]);
+  const auto bias = p.bias != nullptr ? S::load_f(p.bias + panel * 16) : S::set_f(0.0f);
+  store_clamped<S>(p.c + m * p.c_stride + panel * 16, p.n - panel * 16, S::fma_f(total, row_scale, bias),
+                   S::set_f(p.low), S::set_f(p.high));
+}
+
+// Few rows: codes are looked up in registers and used at once.
+template <class S, int Rows>
+static void gemv_panel(const Q4gemmParams& p, std::int64_t panel) {
+  const std::int64_t groups = group_count(p);
+  const typename S::Table table = S::load_table(p.table);
+  const std::uint8_t* b = p.b + panel * groups * p.group * 8;
+  typename S::F32 total[Rows];
+  SQC_UNROLL for (int r = 0; r < Rows; ++r) total[r] = S::set_f(0.0f);
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t index = panel * groups + g;
+    typename S::AccT low[Rows], high[Rows];
+    SQC_UNROLL for (int r = 0; r < Rows; ++r) low[r] = high[r] = S::zero_t();
+    const std::int8_t* a = p.a + g * p.group;
+    for (std::int64_t k = 0; k < p.group; k += 8, b += 64) {
+      typename S::TileT tile_low, tile_high;
+      S::unpack(b, table, tile_low, tile_high);
+      SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+        low[r] = S::dot_table(low[r], tile_low, S::load_act_s8(a + r * p.a_stride + k));
+        high[r] = S::dot_table(high[r], tile_high, S::load_act_s8(a + r * p.a_stride + k + 4));
+      }
+    }
+    const auto scale = load_scale<S>(p, index);
+    SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+      total[r] = add_group<S>(p, r, groups, g, index, S::reduce_t(S::add_t(low[r], high[r])), scale, total[r]);
+    }
+  }
+  SQC_UNROLL for (int r = 0; r < Rows; ++r) finish_panel<S>(p, r, panel, total[r]);
+}
+
+// Panels [panel, panel + Panels) to bytes: for each tile along k, the panels' tiles side by side.
+template <class S, int Panels>
+static void expand_strip(const Q4gemmParams& p, std::int64_t panel, std::int8_t* out) {
+  const std::int64_t tiles = group_count(p) * p.group / 4;
+  const typename S::Table table = S::load_table(p.table);
+  const std::uint8_t* b = p.b + panel * tiles * 32;
+  for (std::int64_t t = 0; t < tiles; t += 2) {
+    SQC_UNROLL for (int q = 0; q < Panels; ++q) {
+      typename S::TileT low, high;
+      S::unpack(b + (q * tiles + t) * 32, table, low, high);
+      S::store_tile_t(out + (t * Panels + q) * 64, low);
+      S::store_tile_t(out + ((t + 1) * Panels + q) * 64, high);
+    }
+  }
+}
+
+// Rows x Panels sums in registers, as integers within a group and as floats across groups.
+template <class S, int Rows, int Panels>
+static void gemm_tile(const Q4gemmParams& p, std::int64_t m, std::int64_t panel, const std::int8_t* strip) {
+  const std::int64_t groups = group_count(p);
+  const std::int8_t* a = p.a + m * p.a_stride;
+  typename S::F32 total[Rows][Panels];
+  SQC_UNROLL for (int r = 0; r < Rows; ++r) SQC_UNROLL for (int q = 0; q < Panels; ++q) total[r][q] = S::set_f(0.0f);
+  for (std::int64_t g = 0; g < groups; ++g) {
+    typename S::AccT acc[Rows][Panels];
+    SQC_UNROLL for (int r = 0; r < Rows; ++r) SQC_UNROLL for (int q = 0; q < Panels; ++q) acc[r][q] = S::zero_t();
+    for (std::int64_t k = 0; k < p.group; k += 4, a += 4, strip += Panels * 64) {
+      typename S::TileT tile[Panels];
+      SQC_UNROLL for (int q = 0; q < Panels; ++q) tile[q] = S::load_tile_t(strip + q * 64);
+      SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+        const typename S::ActS act = S::load_act_s8(a + r * p.a_stride);
+        SQC_UNROLL for (int q = 0; q < Panels; ++q) acc[r][q] = S::dot_table(acc[r][q], tile[q], act);
+      }
+    }
+    SQC_UNROLL for (int q = 0; q < Panels; ++q) {
+      const std::int64_t index = (panel + q) * groups + g;
+      const auto scale = load_scale<S>(p, index);
+      SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+        total[r][q] = add_group<S>(p, m + r, groups, g, index, S::reduce_t(acc[r][q]), scale, total[r][q]);
+      }
+    }
+  }
+  SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+    SQC_UNROLL for (int q = 0; q < Panels; ++q) finish_panel<S>(p, m + r, panel + q, total[r][q]);
+  }
+}
+
+template <class S, int MaxRows>
+static SQC_INLINE void gemv_rows(int rows, const Q4gemmParams& p, std::int64_t panel) {
+  if constexpr (MaxRows > 1) {
+    if (rows < MaxRows) return gemv_rows<S, MaxRows - 1>(rows, p, panel);
+  }
+  gemv_panel<S, MaxRows>(p, panel);
+}
+
+template <class S, int MaxRows, int Panels>
+static SQC_INLINE void gemm_rows(int rows, const Q4gemmParams& p, std::int64_t m, std::int64_t panel,
+                                 const std::int8_t* strip) {
+  if constexpr (MaxRows > 1) {
+    if (rows < MaxRows) return gemm_rows<S, MaxRows - 1, Panels>(rows, p, m, panel, strip);
+  }
+  gemm_tile<S, MaxRows, Panels>(p, m, panel, strip);
+}
+
+// All rows of a strip that has been expanded.
+template <class S, int MaxRows, int Panels>
+static void gemm_strip(const Q4gemmParams& p, std::int64_t panel, const std::int8_t* strip) {
+  const std::int64_t blocks = (p.m + MaxRows - 1) / MaxRows;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t m = p.m * block / blocks, rows = p.m * (block + 1) / blocks - m;
+    gemm_rows<S, MaxRows, Panels>(static_cast<int>(rows), p, m, panel, strip);
+  }
+}
+
+template <class S, int GemvRows, int GemmRows, int GemmPanels>
+static void q4gemm_generic(const Q4gemmParams& p, std::int64_t begin, std::int64_t end, std::uint8_t* scratch) {
+  static_assert(GemvRows <= 4 && GemmPanels <= 2, "q4gemm_scratch_bytes counts on it");
+  if (p.m <= GemvRows) {
+    for (std::int64_t panel = begin; panel < end; ++panel) gemv_rows<S, GemvRows>(static_cast<int>(p.m), p, panel);
+    return;
+  }
+  std::int64_t panel = begin;
+  auto* strip = reinterpret_cast<std::int8_t*>(scratch);
+  for (; panel + GemmPanels <= end; panel += GemmPanels) {
+    expand_strip<S, GemmPanels>(p, panel, strip);
+    gemm_strip<S, GemmRows, GemmPanels>(p, panel, strip);
+  }
+  for (; panel < end; ++panel) {
+    expand_strip<S, 1>(p, panel, strip);
+    gemm_strip<S, GemmRows, 1>(p, panel, strip);
+  }
+}
+
+}  // namespace
+}  // namespace sqc
+
+#endif  // SQC_KERNELS_Q4GEMM_GENERIC_H_

@@ -1,0 +1,82 @@
+#include "kernels/q4gemm/q4gemm.h"
+
+#include <cstring>
+
+namespace sqc {
+namespace {
+
+constexpr Kernel<Q4gemmFunction> kKernels[] = {
+#define SQC_Q4GEMM_KERNEL(isa, name) {#name, Isa::isa, name},
+#include "kernels/q4gemm/kernels.inc"
+#undef SQC_Q4GEMM_KERNEL
+};
+
+Status invalid(const char* what) noexcept {
+  return Status::error(StatusCode::kInvalidArgument, "q4gemm: %s", what);
+}
+
+std::int64_t padded_k(std::int64_t k, std::int64_t group) noexcept { return (k + group - 1) / group * group; }
+
+}  // namespace
+
+Status q4gemm_check_sizes(std::int64_t n, std::int64_t k, std::int64_t group) noexcept {
+  if (n < 0 || k < 0) return invalid("a size is negative");
+  if (k > kQ4gemmMaxK) return invalid("k is over 65536, more than int32 sums are proven to hold");
+  if (group != 32 && group != 64 && group != 128) return invalid("the group is not 32, 64 or 128");
+  return Status::ok();
+}
+
+Status q4gemm_check(const Q4gemmParams& p) noexcept {
+  SQC_RETURN_IF_ERROR(q4gemm_check_sizes(p.n, p.k, p.group));
+  if (p.m < 0) return invalid("a size is negative");
+  if (p.a_stride < padded_k(p.k, p.group)) return invalid("a_stride is less than k rounded up to whole groups");
+  if (p.c_stride < p.n) return invalid("c_stride is less than n");
+  for (const std::int8_t entry : p.table) {
+    if (entry == -128) return invalid("a table entry is -128; entries are -127 to 127");
+  }
+  return Status::ok();
+}
+
+Span<const Kernel<Q4gemmFunction>> q4gemm_kernels() noexcept { return kKernels; }
+
+const Kernel<Q4gemmFunction>& q4gemm_kernel(Isa isa) noexcept { return first_kernel(kKernels, isa); }
+
+std::int64_t q4gemm_scratch_bytes(std::int64_t m, std::int64_t k, std::int64_t group) noexcept {
+  constexpr std::int64_t kWidestStrip = 32;  // outputs
+  return m > 1 ? padded_k(k, group) * kWidestStrip : 0;
+}
+
+Status q4gemm(ThreadPool& pool, const Kernel<Q4gemmFunction>& kernel, const Q4gemmParams& p,
+              std::uint8_t* scratch) noexcept {
+  SQC_RETURN_IF_ERROR(q4gemm_check(p));
+  if (p.m == 0 || p.n == 0) return Status::ok();
+  const std::int64_t panels = (p.n + 15) / 16, unit = p.m > 4 ? 2 : 1;
+  const std::int64_t scratch_bytes = q4gemm_scratch_bytes(p.m, p.k, p.group);
+  return pool.run([&](int thread) {
+    const Range range = split_evenly(panels, unit, pool.threads(), thread);
+    if (range.begin < range.end) kernel.run(p, range.begin, range.end, scratch + thread * scratch_bytes);
+  });
+}
+
+std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group) noexcept {
+  return (n + 15) / 16 * 16 * padded_k(k, group) / 2;
+}
+
+Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes,
+                   std::uint8_t* packed) noexcept {
+  SQC_RETURN_IF_ERROR(q4gemm_check_sizes(n, k, group));
+  const std::int64_t runs = padded_k(k, group) / 8;
+  std::memset(packed, 0, static_cast<std::size_t>(q4gemm_packed_bytes(n, k, group)));
+  for (std::int64_t row = 0; row < n; ++row) {
+    std::uint8_t* out = packed + row / 16 * runs * 64 + row % 16 * 4;
+    for (std::int64_t i = 0; i < k; ++i) {
+      const std::uint8_t code = codes[row * k + i];
+      if (code > 15) return invalid("a code is over 15");
+      std::uint8_t& byte = out[i / 8 * 64 + i % 4];
+      byte = static_cast<std::uint8_t>(byte | (i % 8 < 4 ? code : code << 4));
+    }
+  }
+  return Status::ok();
+}
+
+}  // namespace sqc

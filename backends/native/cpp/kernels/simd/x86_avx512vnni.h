@@ -1,0 +1,109 @@
+// AVX-512 with VNNI: sixteen lanes are one register, and vpdpbusd is the dot product. See simd.h.
+//
+// vpdpbusd and not vpdpbusds: the latter saturates, and then the order of the sums would matter.
+
+#ifndef SQC_KERNELS_SIMD_X86_AVX512VNNI_H_
+#define SQC_KERNELS_SIMD_X86_AVX512VNNI_H_
+
+// gcc 12 takes the undefined lanes of its own _mm512_undefined_* for uninitialised variables.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#include "kernels/simd/simd.h"
+
+namespace sqc {
+namespace {
+namespace avx512vnni {
+
+struct Simd {
+  using I32 = __m512i;
+  using F32 = __m512;
+
+  static SQC_INLINE std::int32_t load32(const void* p) {
+    std::int32_t x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+
+  static SQC_INLINE I32 set_i(std::int32_t x) { return _mm512_set1_epi32(x); }
+  static SQC_INLINE I32 load_i(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static SQC_INLINE I32 load_i8(const std::int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static SQC_INLINE void store_i(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a); }
+  static SQC_INLINE void store_bytes(void* p, I32 a) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
+  static SQC_INLINE I32 add_i(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static SQC_INLINE I32 sub_i(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+  static SQC_INLINE I32 mul_i(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+  static SQC_INLINE I32 max_i(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+
+  static SQC_INLINE F32 set_f(float x) { return _mm512_set1_ps(x); }
+  static SQC_INLINE F32 load_f(const float* p) { return _mm512_loadu_ps(p); }
+  static SQC_INLINE void store_f(float* p, F32 a) { _mm512_storeu_ps(p, a); }
+  static SQC_INLINE F32 load_half(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static SQC_INLINE F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
+  static SQC_INLINE F32 mul_f(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static SQC_INLINE F32 div_f(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+  static SQC_INLINE F32 fma_f(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static SQC_INLINE F32 max_f(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static SQC_INLINE F32 min_f(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static SQC_INLINE I32 round_i(F32 a) { return _mm512_cvtps_epi32(a); }
+  static SQC_INLINE I32 abs_bits(F32 a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+  }
+
+  static SQC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+  using Acc = __m512i;
+  using Act = __m512i;
+  using Tile = __m512i;
+  static constexpr std::int32_t kActOffset = 0;
+
+  static SQC_INLINE Acc zero() { return _mm512_setzero_si512(); }
+  static SQC_INLINE Acc add(Acc a, Acc b) { return _mm512_add_epi32(a, b); }
+  static SQC_INLINE I32 reduce(Acc a) { return a; }
+  static SQC_INLINE Act load_act_u8(const std::uint8_t* p) { return _mm512_set1_epi32(load32(p)); }
+  static SQC_INLINE void store_tile(std::int8_t* p, Tile t) { _mm512_storeu_si512(p, t); }
+  static SQC_INLINE Tile load_tile(const std::int8_t* p) { return _mm512_loadu_si512(p); }
+  static SQC_INLINE Acc dot_us(Acc acc, Act a, Tile t) { return _mm512_dpbusd_epi32(acc, a, t); }
+
+  using AccT = __m512i;
+  using ActS = __m512i;
+  using TileT = __m512i;
+  using Table = __m512i;
+  static constexpr std::int32_t kTableOffset = 128;  // entries become the unsigned side
+
+  static SQC_INLINE AccT zero_t() { return _mm512_setzero_si512(); }
+  static SQC_INLINE AccT add_t(AccT a, AccT b) { return _mm512_add_epi32(a, b); }
+  static SQC_INLINE I32 reduce_t(AccT a) { return a; }
+  static SQC_INLINE ActS load_act_s8(const std::int8_t* p) { return _mm512_set1_epi32(load32(p)); }
+  static SQC_INLINE Table load_table(const std::int8_t* p) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_broadcast_i32x4(_mm_xor_si128(entries, _mm_set1_epi8(-128)));
+  }
+  static SQC_INLINE void unpack(const std::uint8_t* p, Table table, TileT& low, TileT& high) {
+    const __m512i codes = _mm512_loadu_si512(p), nibble = _mm512_set1_epi8(15);
+    low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibble));
+    high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+  }
+  static SQC_INLINE void store_tile_t(std::int8_t* p, TileT t) { _mm512_storeu_si512(p, t); }
+  static SQC_INLINE TileT load_tile_t(const std::int8_t* p) { return _mm512_loadu_si512(p); }
+  static SQC_INLINE AccT dot_table(AccT acc, TileT t, ActS a) { return _mm512_dpbusd_epi32(acc, t, a); }
+};
+
+}  // namespace avx512vnni
+}  // namespace
+}  // namespace sqc
+
+#endif  // SQC_KERNELS_SIMD_X86_AVX512VNNI_H_

@@ -1,0 +1,143 @@
+"""The C++ test program, built several ways: guard pages, sanitizers, other CPUs.
+
+`sqc_tests` compares every kernel with the scalar one and that with plain loops, on arrays that end at a
+page without access. It needs no Python, so that it runs where Python tests cannot.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[3] / "backends" / "native" / "cpp"
+IS_X86_LINUX = platform.machine() == "x86_64" and sys.platform == "linux"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's mmap and cross compilers"),
+]
+
+Build = Callable[..., Path]
+
+
+def tool(name: str) -> str:
+    """A program of the build, from PATH or from beside the interpreter; skips the test without it."""
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run(*command: "str | Path", timeout: float = 600, **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, f"{command} returned {result.returncode}:\n{result.stdout[-6000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A function that builds sqc_tests with extra CMake definitions and returns the program."""
+    programs: dict[tuple[str, ...], Path] = {}
+
+    def make(*definitions: str) -> Path:
+        if definitions not in programs:
+            folder = tmp_path_factory.mktemp("sqc")
+            ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
+            options = ("-DSQC_PYTHON=OFF", "-DSQC_TESTS=ON", "-DSQC_WERROR=ON", *definitions)
+            run(tool("cmake"), "-G", "Ninja", "-S", SOURCE, "-B", folder, ninja, *options)
+            run(tool("cmake"), "--build", folder)
+            programs[definitions] = folder / "sqc_tests"
+        return programs[definitions]
+
+    return make
+
+
+def compiles(flag: str, tmp_path: Path) -> bool:
+    """Whether the C++ compiler links a program with this flag."""
+    source = tmp_path / "probe.cc"
+    source.write_text("int main() { return 0; }\n")
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, flag, str(source), "-o", str(tmp_path / "probe")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def kernels_tested(output: str) -> set[str]:
+    return {line.split(": ")[1] for line in output.splitlines() if line.startswith("tested: ")}
+
+
+def test_every_kernel_stays_inside_its_buffers(build: Build) -> None:
+    output = run(build())
+    assert " 0 failures" in output
+    from sqcompile.backends.native import kernels
+
+    assert kernels_tested(output) == {kernel.name for kernel in kernels.list_kernels() if kernel.available}
+
+
+@pytest.mark.parametrize("cpu,isa", [("Nehalem", "scalar"), ("Haswell", "avx2")])
+@pytest.mark.skipif(not IS_X86_LINUX, reason="emulates x86 CPUs on x86")
+def test_a_lesser_cpu_runs_only_what_it_has(build: Build, cpu: str, isa: str) -> None:
+    """An instruction that the emulated CPU lacks ends the program."""
+    version = run(tool("qemu-x86_64"), "--version").split("version ")[1].split(".")
+    if isa == "avx2" and (int(version[0]), int(version[1].split("(")[0])) < (7, 2):
+        pytest.skip("qemu emulates AVX2 from 7.2 on")
+    output = run(tool("qemu-x86_64"), "-cpu", cpu, build(), "tails", "isa")
+    assert f"isa: {isa}\n" in output
+    assert kernels_tested(output) and all(
+        name.endswith(("_scalar", f"_{isa}")) for name in kernels_tested(output)
+    )
+
+
+def test_address_and_undefined_behaviour_sanitizers(build: Build, tmp_path: Path) -> None:
+    if not compiles("-fsanitize=address,undefined", tmp_path):
+        pytest.skip("the compiler has no address and undefined behaviour sanitizers")
+    program = build("-DSQC_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    # Guard pages lie beside heap memory; the leak checker needs ptrace, which containers refuse.
+    assert " 0 failures" in run(program, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
+
+
+def test_thread_sanitizer(build: Build, tmp_path: Path) -> None:
+    if not compiles("-fsanitize=thread", tmp_path):
+        pytest.skip("the compiler has no thread sanitizer")
+    program = build("-DSQC_SANITIZE=thread", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    # Without address randomization: the sanitizer's fixed memory map collides with that of newer kernels.
+    setarch = shutil.which("setarch")
+    prefix = [setarch, platform.machine(), "-R"] if setarch else []
+    if prefix and subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        prefix = []  # a container may forbid it
+    assert " 0 failures" in run(*prefix, program, "pool", "threads")
+
+
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="this is an Arm CPU: the other tests cover it")
+def test_arm_kernels_on_an_emulated_cpu(build: Build) -> None:
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+    emulator = tool("qemu-aarch64")
+    program = build(
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    )
+    output = run(emulator, "-cpu", "max", program)
+    assert " 0 failures" in output and "isa: neon_dotprod\n" in output
+    assert {name for name in kernels_tested(output) if name.endswith("_neon_dotprod")} == {
+        name.replace("_scalar", "_neon_dotprod")
+        for name in kernels_tested(output)
+        if name.endswith("_scalar")
+    }
+    # Cortex-A57 is Armv8.0: it has no sdot.
+    output = run(emulator, "-cpu", "cortex-a57", program, "tails", "isa")
+    assert "isa: scalar\n" in output and all(name.endswith("_scalar") for name in kernels_tested(output))
