@@ -26,11 +26,11 @@ def fingerprint(program: Program, *, content: bool = False) -> str:
     """
     tensor_text = _content if content else tensor_identity
     parts: list[object] = [str(program.level), _signature(program)]
-    index: dict[fx.Node, int] = {}
+    index = {node: position for position, node in enumerate(program.graph.nodes)}
 
     def describe(argument: Any) -> object:
-        if isinstance(argument, fx.Node):
-            return "node", index[argument]
+        if isinstance(argument, fx.Node):  # one of another graph has no place: the verifier finds it
+            return "node", index.get(argument, argument.name)
         if isinstance(argument, (list, tuple)):
             return "list", *map(describe, argument)
         if isinstance(argument, dict):
@@ -39,8 +39,7 @@ def fingerprint(program: Program, *, content: bool = False) -> str:
             return "slice", *map(describe, (argument.start, argument.stop, argument.step))
         return repr(argument)
 
-    for position, node in enumerate(program.graph.nodes):
-        index[node] = position
+    for node in program.graph.nodes:
         # The names of inputs are the interface; other placeholders' targets are.
         target = node.name if node.op == "placeholder" else str(node.target)
         parts.append((node.op, target, describe(node.args), describe(node.kwargs)))

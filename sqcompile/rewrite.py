@@ -159,6 +159,8 @@ class Rewriter:
         """
         try:
             node.meta["val"] = infer_node(node, self._mode)
+        except (MemoryError, RecursionError):
+            raise
         except Exception as error:
             raise VerifyError(
                 f"The arguments of '{operator_name(node)}' do not fit together.",

@@ -24,6 +24,9 @@ def check_structure(program: Program) -> None:
     Raises:
         VerifyError: If not; the text names the node.
     """
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            _check_tensor(program, node)
     try:
         program.graph.lint()
     except RuntimeError as error:
@@ -35,9 +38,7 @@ def check_structure(program: Program) -> None:
         ) from error
     mode = fake_mode_of(program)
     for node in program.graph.nodes:
-        if node.op == "get_attr":
-            _check_tensor(program, node)
-        elif node.op not in ("placeholder", "output"):
+        if node.op not in ("placeholder", "get_attr", "output"):
             _check_operator(node)
             _check_call(node, mode)
     _check_signature(program)
@@ -80,8 +81,8 @@ def check_interface(before: Program, after: Program) -> None:
             raise VerifyError(
                 f"The pass changed the program's {what}.",
                 where=f"{what} of the program",
-                seen=", ".join(map(str, now)),
-                expected=", ".join(map(str, was)),
+                seen=", ".join(map(str, now)) or f"no {what}",
+                expected=", ".join(map(str, was)) or f"no {what}",
                 next_step=f"keep their names, number, order, shapes and types, {declare}",
             )
     if (old.in_spec, old.out_spec, old.arg_names) != (new.in_spec, new.out_spec, new.arg_names):
