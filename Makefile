@@ -5,6 +5,7 @@
 #   make test          all tests                      make test ARGS="-k wanda -x"
 #   make lint          ruff: rules and formatting     make format   applies both
 #   make types         mypy, strict, over the three packages
+#   make docs          write the pages that are made from the code
 #   make wheel-check   build a wheel and import it from a fresh environment
 #   make venv          only the environment, with the package and its C++ part up to date
 #   make clean         remove everything that make made
@@ -22,7 +23,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format types wheel-check clean
+.PHONY: help venv demo test lint format types docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -89,6 +90,9 @@ format: $(PACKAGE)
 
 types: $(PACKAGE)
 	$(PY) tools/check_types.py
+
+docs: $(PACKAGE)
+	$(PY) tools/make_docs.py
 
 # As a user gets it: an isolated build, then a normal install whose only source is the wheel. Run from
 # another folder, because in this one Python would find ./sqcompile first.

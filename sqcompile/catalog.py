@@ -121,7 +121,10 @@ def find_entry(name: str) -> Entry:
 
 def _pass_entry(kind: type[Pass]) -> Entry:
     doc = Docstring.of(kind)
-    hints = typing.get_type_hints(kind)
+    try:
+        hints = typing.get_type_hints(kind)
+    except (NameError, TypeError):  # a pass of a user's, with types that only exist while checking
+        hints = {item.name: item.type for item in option_fields(kind)}
     meanings = {**doc.entries(*_OPTION_SECTIONS), **attribute_docs(kind)}
     options = []
     for item in option_fields(kind):

@@ -1,7 +1,7 @@
 """Write the documentation that is made from the code: docs/errors.md and docs/pass_catalog.md.
 
-    python tools/make_docs.py            writes them
-    python tools/make_docs.py --check    fails if they are not what the code says
+python tools/make_docs.py            writes them
+python tools/make_docs.py --check    fails if they are not what the code says
 """
 
 import sys
@@ -18,7 +18,9 @@ MADE = "<!-- Made by tools/make_docs.py from the code; edits here are lost. -->\
 
 
 def errors_page() -> str:
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Error)]
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Error)
+    ]
     lines = [
         MADE,
         "# Errors",
@@ -87,7 +89,9 @@ def _entry_lines(entry: Entry) -> list[str]:
         lines.append(f"- **Passes**: `{entry.facts['passes']}`")
     else:
         facts = entry.facts
-        lines.append(f"- **Needs** `{facts['needs']}`, **leaves** `{facts['leaves']}`, **keeps** {facts['keeps']}")
+        lines.append(
+            f"- **Needs** `{facts['needs']}`, **leaves** `{facts['leaves']}`, **keeps** {facts['keeps']}"
+        )
     for title, text in about["sections"].items():
         if title == "Keeps" and text.rstrip(".") == entry.facts.get("keeps", "").rstrip("."):
             continue

@@ -41,10 +41,7 @@ def registry() -> dict[str, type[Pass]]:
 
 def named_pipelines() -> dict[str, NamedPipeline]:
     """Return the pipelines that have a name, such as `int8-static`: functions that return passes."""
-    try:
-        module = importlib.import_module("sqcompile.passes.pipelines")
-    except ModuleNotFoundError:
-        return {}
+    module = importlib.import_module("sqcompile.passes.pipelines")
     return {name.replace("_", "-"): function for name, function in sorted(module.PIPELINES.items())}
 
 
@@ -122,7 +119,17 @@ def make_passes(name: str, options: Mapping[str, Any]) -> list[Pass]:
     pipeline = named_pipelines().get(key)
     if pipeline is None:
         return [make_pass(name, options)]
-    return list(pipeline(**_read_options(f"pipeline {key}", pipeline_options(pipeline), options)))
+    values = _read_options(f"pipeline {key}", pipeline_options(pipeline), options)
+    try:
+        return list(pipeline(**values))
+    except Error as error:  # from a format or a pass that the pipeline made of the options
+        raise PassOptionError(
+            f"Pipeline {key} does not take these options. {error.what}",
+            where=f"pipeline {key}" + (f", {error.where}" if error.where else ""),
+            seen=", ".join(f"{_dashed(name)}={value_text(value)}" for name, value in values.items()),
+            expected=error.expected,
+            next_step=f"see the options with: sqcompile passes {key}",
+        ) from error
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:

@@ -1,0 +1,92 @@
+"""The documentation: its code runs, its recipes parse, its links lead somewhere, and it is current."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sqcompile import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NO_TEST = "<!-- no-test -->"
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, code) of the page's code blocks in a language, but those below NO_TEST."""
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S):
+        if not text[: match.start()].rstrip().endswith(NO_TEST):
+            yield text[: match.start(1)].count("\n") + 1, match[1]
+
+
+def pages_with(language: str) -> list[Path]:
+    return [page for page in PAGES if any(blocks(page, language))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run one after the other, as a reader would type them; then its tests run."""
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType(f"docs_{page.stem}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code in blocks(page, "python"):
+        # Lines are counted as in the page, so that a traceback points into it.
+        lines = "\n" * (line - 1) + code
+        exec(compile(lines, str(page), "exec", dont_inherit=True), module.__dict__)
+    for name, function in list(vars(module).items()):
+        if name.startswith("test_"):
+            function()
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=name_of)
+def test_recipes_parse(page: Path) -> None:
+    for line, text in blocks(page, "yaml"):
+        Recipe.parse(text, file=f"{name_of(page)}, block at {line}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```|^    .*?$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name_of(page)} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked), f"{name_of(page)} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_generated_pages_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
+    assert spec is not None and spec.loader is not None
+    make_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_docs)
+    assert make_docs.stale_pages() == [], "run: python tools/make_docs.py"
+
+
+def test_every_page_is_linked_from_another() -> None:
+    linked = set()
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            linked.add((page.parent / target).resolve())
+    folders = {path for path in linked if path.is_dir()}  # a link to a folder shows what is in it
+    orphans = [name_of(page) for page in PAGES[1:] if page not in linked and page.parent not in folders]
+    assert orphans == []
