@@ -1,17 +1,16 @@
 """Named pipelines: whole jobs as plain lists of passes, with the reason for each order.
 
-A pipeline is a function that returns passes, so a list can be changed before it is used:
+    sqcompile.compile(model, passes=int8_static(), calibration=batches)
+    sqcompile compile model.pt2 -p "int8-static{sparsity=0.5}" …
 
-    passes = pipelines.int8_static(sparsity=0.5)
-    passes.insert(0, MyPass())
-
-In text (command line, recipes) they are written as passes are: `int8-static{sparsity=0.5}`.
+A pipeline is a starting point: being a list, it can be cut, extended and reordered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from sqcompile.errors import RecipeError, did_you_mean
 from sqcompile.passes.canonicalize import (
     CanonicalizeActivations,
     CanonicalizeLayers,
@@ -30,122 +29,108 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
 )
 from sqcompile.pipeline import Pass
-from sqcompile.quantization import Format, PerChannel, PerGroup, PerTensor
+from sqcompile.quantization.affine import Search
+from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTensor
 from sqcompile.quantization.observers import HistogramMSE, Observer
 from sqcompile.quantization.scheme import Override
 from sqcompile.sparsity import Pattern
 
+INT8_WEIGHT = Format(granularity=PerChannel(0), narrow=True)
+INT8_STATIC = Format(signed=False, symmetric=False)
+INT8_DYNAMIC = Format(signed=False, symmetric=False, dynamic=True)
+UNSTRUCTURED = Pattern()
+OBSERVER = HistogramMSE()
 
-def canonicalize() -> list[Pass]:
-    """Bring a traced model into the form that every other pass expects; the numbers stay.
 
-    Returns:
-        The passes, from `aten` to `aten`.
-    """
+def canonical() -> list[Pass]:
+    """Return the passes that bring a traced model into the form that all others expect."""
     return [
-        # First, so that patterns are not hidden behind dropout, casts and full slices.
-        RemoveNoops(),
-        # Weights that are computed from constants become stored tensors, which layers need.
-        FoldConstants(),
-        # One form of each layer and activation, before anything looks for layers.
-        CanonicalizeLayers(),
-        CanonicalizeActivations(),
-        # After them: batch norm folds into layers, and activations behind it then follow the layer.
-        FoldBatchNorm(),
+        RemoveNoops(),  # first: dropout and identities stand between what later passes look for together
+        FoldConstants(),  # weights that are computed from stored tensors become stored tensors
+        CanonicalizeLayers(),  # products with stored matrices become layers, with their bias inside
+        FoldBatchNorm(),  # into layers: needs them in one form, and their bias
+        CanonicalizeActivations(),  # last: what batch norm leaves behind a layer is what fuses into it
     ]
 
 
-def prune(
-    sparsity: float | None = None,
-    pattern: Pattern = Pattern(),  # noqa: B008 - immutable
-    exclude: tuple[str, ...] = (),
-) -> list[Pass]:
-    """Zero the smallest weights of every layer and bake the zeros in.
-
-    Args:
-        sparsity: Fraction of the weights to zero; None for N:M patterns, which fix it, or for none.
-        pattern: `unstructured`, N:M (`2:4`) or blocks (`1x4`).
-        exclude: Patterns of layers to leave dense.
-
-    Returns:
-        The passes, from `aten` to `aten`; none if nothing is to be pruned.
-    """
-    if sparsity is None and pattern.fixed_sparsity is None:
-        return []
-    # Baked in at once: the zeros are promises that the verifier then holds quantization to.
-    return [MaskWeights(sparsity=sparsity, pattern=pattern, exclude=exclude), ApplyMasks()]
-
-
 def int8_static(
+    *,
     sparsity: float | None = None,
-    pattern: Pattern = Pattern(),  # noqa: B008 - immutable
+    pattern: Pattern | str = UNSTRUCTURED,
+    weight: Format | str = INT8_WEIGHT,
+    activation: Format | str = INT8_STATIC,
+    observer: Observer | str = OBSERVER,
+    equalize: bool = True,
+    correct_bias: bool = True,
+    layers: tuple[str, ...] = ("*",),
     exclude: tuple[str, ...] = (),
     formats: tuple[Override, ...] = (),
-    activation_formats: tuple[Override, ...] = (),
-    observer: Observer = HistogramMSE(),  # noqa: B008 - immutable
-    equalize: bool = False,
-    correct_bias: bool = True,
 ) -> list[Pass]:
-    """Quantize weights and activations to int8, with scales from calibration data. For CNNs.
+    """Quantize weights and values to 8 bits with scales from calibration data; for CNNs.
 
     Args:
-        sparsity: Fraction of the weights to zero first.
-        pattern: Pattern of the zeros.
+        sparsity: Fraction of each weight to prune first, or None.
+        pattern: Sparse pattern: `unstructured`, `2:4`, `1x4`, …
+        weight: Format of weights.
+        activation: Format of values.
+        observer: How the ranges of values are chosen.
+        equalize: Equalize the channels between layers first.
+        correct_bias: Correct the biases for the shift that rounding causes.
+        layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
-        formats: Other formats of weights, by pattern or `kind:…`.
-        activation_formats: Other formats of activations, alike.
-        observer: How the range of an activation is chosen.
-        equalize: Equalize channels across layers; helps weights with one scale a tensor.
-        correct_bias: Correct biases for the shift in the mean; matters for depthwise convolutions.
-
-    Returns:
-        The passes, from `aten` to `qdq`.
+        formats: Other formats of weights, by pattern or `kind:…`; `float` for none.
     """
+    weight, activation = _format(weight), _format(activation)
+    observer = Observer.parse(observer) if isinstance(observer, str) else observer
+    # A scale a tensor is spoilt by uneven weights, a scale a channel only by uneven values.
+    by = "weights" if isinstance(weight.granularity, PerTensor) else "values"
     return [
-        *canonicalize(),
-        # Before observers: they must see the activations of the pruned model.
-        *prune(sparsity, pattern, exclude),
-        # Between folding, which gives layers their final weights, and the scales that depend on them.
-        *([EqualizeLayers(exclude=exclude)] if equalize else []),
+        *canonical(),
+        *_pruned(sparsity, pattern),  # before ranges are measured: they are those of the pruned model
+        *([EqualizeLayers(by=by, exclude=exclude)] if equalize else []),  # type: ignore[arg-type]
         InsertObservers(
-            exclude=exclude, formats=formats, activation_formats=activation_formats, observer=observer
+            weight=weight,
+            activation=activation,
+            observer=observer,
+            layers=layers,
+            exclude=exclude,
+            formats=formats,
         ),
         Calibrate(),
-        # Needs calibrated ranges and the float weights, both of which exist only here.
-        *([CorrectBias(add_bias=True)] if correct_bias else []),
+        *([CorrectBias()] if correct_bias else []),  # while both the ranges and the float weights exist
         FreezeObservers(),
-        # Last: it tidies the pairs that freezing has made, each for its own operator.
         FoldQDQ(),
     ]
 
 
 def int8_dynamic(
+    *,
     sparsity: float | None = None,
-    pattern: Pattern = Pattern(),  # noqa: B008 - immutable
+    pattern: Pattern | str = UNSTRUCTURED,
+    weight: Format | str = INT8_WEIGHT,
+    activation: Format | str = INT8_DYNAMIC,
+    layers: tuple[str, ...] = ("*",),
     exclude: tuple[str, ...] = (),
     formats: tuple[Override, ...] = (),
 ) -> list[Pass]:
-    """Quantize weights to int8 ahead of time and activations at run time. For transformers.
-
-    Embeddings get int8 weights too. No calibration data is needed.
+    """Quantize weights to 8 bits and the data of linear layers as it comes; for transformers. No data needed.
 
     Args:
-        sparsity: Fraction of the weights to zero first.
-        pattern: Pattern of the zeros.
+        sparsity: Fraction of each weight to prune first, or None.
+        pattern: Sparse pattern: `unstructured`, `2:4`, `1x4`, …
+        weight: Format of weights.
+        activation: Format of the data of linear layers; dynamic.
+        layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
-        formats: Other formats of weights, by pattern or `kind:…`.
-
-    Returns:
-        The passes, from `aten` to `qdq`.
+        formats: Other formats of weights, by pattern or `kind:…`; `float` for none.
     """
     return [
-        *canonicalize(),
-        *prune(sparsity, pattern, exclude),
+        *canonical(),
+        *_pruned(sparsity, pattern),  # codes are of the pruned weights: masked ones are exactly zero
         QuantizeWeights(
-            # Narrow: symmetric codes, as integer kernels expect of weights.
-            weight=Format(granularity=PerChannel(0), narrow=True),
-            # The one dynamic format that ONNX itself has, DynamicQuantizeLinear.
-            activation=Format(signed=False, symmetric=False, granularity=PerTensor(), dynamic=True),
+            weight=_format(weight),
+            activation=_format(activation),
+            layers=layers,
             exclude=exclude,
             formats=formats,
         ),
@@ -154,43 +139,84 @@ def int8_dynamic(
 
 
 def weight_only(
+    *,
     bits: int = 4,
     group_size: int = 32,
-    symmetric: bool = False,
     sparsity: float | None = None,
-    pattern: Pattern = Pattern(),  # noqa: B008 - immutable
+    pattern: Pattern | str = UNSTRUCTURED,
+    symmetric: bool = False,
+    search: Search = "minmax",
+    embeddings: Format | str = INT8_WEIGHT,
+    layers: tuple[str, ...] = ("*",),
     exclude: tuple[str, ...] = (),
     formats: tuple[Override, ...] = (),
 ) -> list[Pass]:
-    """Quantize only the weights, in groups, rounding to nearest. For language models.
+    """Quantize weights alone, with a scale a group; for language models, whose speed is that of reading weights.
+
+    Embeddings and the layers that make the outputs get 8 bits: they are few, and at 4 bits they cost more
+    accuracy than all other layers together.
 
     Args:
-        bits: Bits a weight, 2 to 8.
-        group_size: Weights along the inputs that share a scale; ONNX Runtime's kernels take powers of
-            two from 16 on.
-        symmetric: Without zero points: a little smaller, a little less exact.
-        sparsity: Fraction of the weights to zero first.
-        pattern: Pattern of the zeros.
+        bits: Bits a weight.
+        group_size: Weights that share a scale.
+        sparsity: Fraction of each weight to prune first, or None.
+        pattern: Sparse pattern: `unstructured`, `2:4`, `1x4`, …
+        symmetric: No zero points: a little smaller, and less accurate.
+        search: `minmax`, or `mse` for the least squared error of each scale.
+        embeddings: Format of embeddings and output layers.
+        layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
-        formats: Other formats, by pattern or `kind:…`, such as `lm_head` at 8 bits.
-
-    Returns:
-        The passes, from `aten` to `qdq`.
+        formats: Other formats, by pattern or `kind:…`; `float` for none. They count more than `embeddings`.
     """
-    # Signed codes around zero without zero points, unsigned ones with: as MatMulNBits has them.
     weight = Format(bits=bits, signed=symmetric, symmetric=symmetric, granularity=PerGroup(group_size))
+    eight = _format(embeddings)
     return [
-        *canonicalize(),
-        *prune(sparsity, pattern, exclude),
-        QuantizeWeights(weight=weight, exclude=exclude, formats=formats),
+        *canonical(),
+        *_pruned(sparsity, pattern),  # codes are of the pruned weights: masked ones are exactly zero
+        QuantizeWeights(
+            weight=weight,
+            search=search,
+            layers=layers,
+            exclude=exclude,
+            formats=(("kind:embedding", eight), ("kind:head", eight), *formats),
+        ),
+        FoldQDQ(),
     ]
 
 
-PIPELINES: dict[str, Callable[..., list[Pass]]] = {
-    "canonicalize": canonicalize,
-    "prune": prune,
-    "int8_static": int8_static,
-    "int8_dynamic": int8_dynamic,
-    "weight_only": weight_only,
+Pipeline = Callable[..., list[Pass]]
+"""A function whose keyword arguments are options, and which returns passes in order."""
+
+PIPELINES: dict[str, Pipeline] = {
+    "int8-static": int8_static,
+    "int8-dynamic": int8_dynamic,
+    "weight-only": weight_only,
 }
-"""Every named pipeline; texts write the names with dashes."""
+
+
+def find_pipeline(name: str) -> Pipeline:
+    """Return a pipeline by name; underscores are understood.
+
+    Raises:
+        RecipeError: If there is none, with the nearest names.
+    """
+    key = name.strip().replace("_", "-")
+    if key not in PIPELINES:
+        raise RecipeError(
+            f"There is no pipeline '{name.strip()}'.",
+            seen=name.strip(),
+            expected=", ".join(PIPELINES),
+            next_step=did_you_mean(key, PIPELINES),
+        )
+    return PIPELINES[key]
+
+
+def _pruned(sparsity: float | None, pattern: Pattern | str) -> list[Pass]:
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    if sparsity is None and pattern.fixed_sparsity is None and pattern.is_unstructured:
+        return []
+    return [MaskWeights(sparsity=sparsity, pattern=pattern), ApplyMasks()]
+
+
+def _format(format: Format | str) -> Format:
+    return Format.parse(format) if isinstance(format, str) else format

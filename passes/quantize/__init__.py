@@ -7,5 +7,15 @@ from sqcompile.passes.quantize.fold_qdq import FoldQDQ
 from sqcompile.passes.quantize.freeze_observers import FreezeObservers
 from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
+from sqcompile.passes.quantize.relax_clamps import RelaxClamps
 
-__all__ = ["Calibrate", "CorrectBias", "EqualizeLayers", "FoldQDQ", "FreezeObservers", "InsertObservers", "QuantizeWeights"]
+__all__ = [
+    "Calibrate",
+    "CorrectBias",
+    "EqualizeLayers",
+    "FoldQDQ",
+    "FreezeObservers",
+    "InsertObservers",
+    "QuantizeWeights",
+    "RelaxClamps",
+]

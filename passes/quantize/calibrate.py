@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -11,7 +11,7 @@ from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.observed import observer_name, state_of, value_observers
-from sqcompile.quantization.observers import Fixed
+from sqcompile.quantization.observers import Fixed, ObserverState
 
 
 class Calibrate(Pass):
@@ -27,7 +27,7 @@ class Calibrate(Pass):
     """
 
     requires = produces = Level.OBSERVED
-    keeps = Keeps.bitwise()
+    keeps: ClassVar[Keeps] = Keeps.bitwise()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Run the batches and replace the states."""
@@ -40,7 +40,7 @@ class Calibrate(Pass):
             context.remark("program", "has no observer that needs data")
             return PassResult()
         # New states: those of the program that came in belong to its snapshots, too.
-        states = {}
+        states: dict[str, ObserverState] = {}
         for node in watched:
             old = state_of(program, node)
             states.setdefault(observer_name(node), old.observer.start(old.format, old.where))

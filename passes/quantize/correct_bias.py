@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +13,8 @@ from sqcompile.layers import Layer, layers_of, select_layers
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
-from sqcompile.quantization.simulate import Simulation
 from sqcompile.quantization.observed import is_observe
+from sqcompile.quantization.simulate import Simulation
 from sqcompile.rewrite import Rewriter, set_bias
 
 
@@ -43,7 +43,7 @@ class CorrectBias(Pass):
     """
 
     requires = produces = Level.OBSERVED
-    keeps = Keeps.interface()
+    keeps: ClassVar[Keeps] = Keeps.interface()
 
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -96,13 +96,17 @@ class CorrectBias(Pass):
 
     def _batches(self, simulation: Simulation, context: PassContext) -> list[Sequence[Any]]:
         """Return as many batches as fit into memory while they advance together; at least one."""
-        budget = self.max_bytes if context.max_memory is None else min(self.max_bytes, context.max_memory // 2)
+        budget = (
+            self.max_bytes if context.max_memory is None else min(self.max_bytes, context.max_memory // 2)
+        )
         batches: list[Sequence[Any]] = []
         for batch in context.batches("correcting biases: reading"):
             if not batches:
                 room = budget // max(1, simulation.peak_bytes(batch))
             if batches and len(batches) >= room:
-                context.remark("program", f"is corrected with the first {len(batches)} batches: more exceed max-bytes")
+                context.remark(
+                    "program", f"is corrected with the first {len(batches)} batches: more exceed max-bytes"
+                )
                 break
             batches.append(batch)
         return batches

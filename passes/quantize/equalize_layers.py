@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -67,7 +66,7 @@ class EqualizeLayers(Pass):
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
 
     by: Literal["weights", "values"] = "weights"
-    strength: float = 0.4
+    strength: float = 0.5
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     iterations: int = 100
@@ -93,7 +92,9 @@ class EqualizeLayers(Pass):
         if not pairs:
             return PassResult()
         values = _largest_values(program, pairs, context) if self.by == "values" else None
-        scaled = {layer.node: _Scaled(program, layer) for pair in pairs for layer in (pair.first, pair.second)}
+        scaled = {
+            layer.node: _Scaled(program, layer) for pair in pairs for layer in (pair.first, pair.second)
+        }
         for _ in range(self.iterations):
             if max(self._visit(pair, scaled, values) for pair in pairs) < _SETTLED / 10:
                 break
@@ -240,9 +241,7 @@ def _pads_space(node: fx.Node) -> bool:
     return isinstance(pads, (list, tuple)) and len(pads) <= 2 * (node.meta["val"].dim() - 2)
 
 
-def _largest_values(
-    program: Program, pairs: list[_Pair], context: PassContext
-) -> dict[fx.Node, Tensor]:
+def _largest_values(program: Program, pairs: list[_Pair], context: PassContext) -> dict[fx.Node, Tensor]:
     """Return the largest magnitude of each channel between the layers of each pair, [channels]."""
     largest: dict[fx.Node, Tensor] = {}
     places = {pair.second.data: pair for pair in pairs if pair.second.data is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -54,7 +55,7 @@ class FoldQDQ(Pass):
     """
 
     requires = produces = Level.QDQ
-    keeps = Keeps.steps(1)
+    keeps: ClassVar[Keeps] = Keeps.steps(1)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Apply the rules until none fires."""

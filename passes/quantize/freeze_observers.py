@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, fx
 
@@ -55,7 +57,7 @@ class FreezeObservers(Pass):
 
     requires = Level.OBSERVED
     produces = Level.QDQ
-    keeps = Keeps.interface()
+    keeps: ClassVar[Keeps] = Keeps.interface()
 
     search: Search = "minmax"
 

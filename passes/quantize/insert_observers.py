@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -49,7 +49,7 @@ class InsertObservers(Pass):
 
     requires = Level.ATEN
     produces = Level.OBSERVED
-    keeps = Keeps.bitwise()
+    keeps: ClassVar[Keeps] = Keeps.bitwise()
 
     weight: Format = WEIGHT
     activation: Format = ACTIVATION

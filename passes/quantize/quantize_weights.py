@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -12,7 +13,7 @@ from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
-from sqcompile.quantization.format import Format, PerChannel, PerTensor, PerToken
+from sqcompile.quantization.format import Format, PerChannel
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
     forget_unused_promises,
@@ -55,7 +56,7 @@ class QuantizeWeights(Pass):
 
     requires = Level.ATEN
     produces = Level.QDQ
-    keeps = Keeps.interface()
+    keeps: ClassVar[Keeps] = Keeps.interface()
 
     weight: Format = WEIGHT
     activation: Format | None = None

@@ -233,8 +233,8 @@ def _all_take(value: fx.Node, format: Format, chosen: _Chosen) -> bool:
 def _moved(node: fx.Node) -> fx.Node | None:
     """Return the value whose elements a node only moves, or None."""
     if node.target is operator.getitem:
-        source = node.args[0]
-        return source if isinstance(source, fx.Node) and preserves_scale(source) else None
+        owner = node.args[0]
+        return owner if isinstance(owner, fx.Node) and preserves_scale(owner) else None
     if not preserves_scale(node):
         return None
     source = argument(node, 0)

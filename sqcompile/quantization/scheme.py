@@ -15,7 +15,7 @@ from torch import fx
 
 from sqcompile.errors import SelectionError, did_you_mean
 from sqcompile.layers import Layer, layer_of, select_layers
-from sqcompile.operators.table import Operator, argument, operator_of, preserves_scale
+from sqcompile.operators.table import TABLE, Operator, argument, operator_of, preserves_scale
 from sqcompile.program import Program
 from sqcompile.quantization.format import Format, PerChannel, PerGroup
 from sqcompile.text import module_path
@@ -52,7 +52,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """Kind of the operator: `linear`, `add`, …"""
+        """Kind of the operator, such as `linear` or `add`."""
         return self.operator.kind
 
 
@@ -83,7 +83,7 @@ def choose_formats(
         where: Who asks, for the error.
 
     Raises:
-        SelectionError: If a pattern or a kind matches nothing; the nearest names are given.
+        SelectionError: If a pattern matches nothing, or there is no such kind; the nearest names are given.
     """
     formats: dict[fx.Node, Format | None] = {site.node: default for site in sites}
     for pattern, choice in overrides:
@@ -116,10 +116,8 @@ def weight_format(layer: Layer, format: Format, shape: Sequence[int]) -> tuple[F
         return format, None
     depth = shape[in_axis]
     if len(shape) > 2 and depth < granularity.size:
-        reason = (
-            f"its {depth} input channels are less than a group of {granularity.size}: one scale a channel"
-        )
-        return _with(format, PerChannel(out_axis)), reason
+        short = f"its {depth} input channels are less than a group of {granularity.size}: one scale a channel"
+        return _with(format, PerChannel(out_axis)), short
     reason = None
     if depth % granularity.size:
         last = depth % granularity.size
@@ -151,17 +149,16 @@ def _matching(sites: Sequence[Site], pattern: str, where: str) -> list[Site]:
     kind = pattern.removeprefix(_KIND)
     if kind == HEAD:
         return [site for site in sites if is_head(site.node)]
-    found = [site for site in sites if site.kind == kind]
-    if not found:
-        kinds = sorted({site.kind for site in sites} | {HEAD})
+    known = {entry.kind for entry in TABLE.values() if entry.integer or entry.weight is not None}
+    if kind not in known:  # a known kind that this program lacks is no mistake: pipelines name embeddings
         raise SelectionError(
-            f"The program has no operator of kind '{kind}' to quantize.",
+            f"There is no kind of operator '{kind}' to quantize.",
             where=where or None,
             seen=pattern,
-            expected=", ".join(kinds),
-            next_step=did_you_mean(kind, kinds),
+            expected=", ".join(sorted(known | {HEAD})),
+            next_step=did_you_mean(kind, [*known, HEAD]),
         )
-    return found
+    return [site for site in sites if site.kind == kind]
 
 
 def _reaches_output(node: fx.Node) -> bool:

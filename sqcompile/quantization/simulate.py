@@ -104,6 +104,8 @@ class Simulation:
                 return self._program.tensor(argument).detach()
             return values[argument][position]
 
+        args: Any
+        kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
         if node in self._values:
             return _fake_quantize(args[0], self._values[node])
