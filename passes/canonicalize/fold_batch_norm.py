@@ -53,14 +53,16 @@ class FoldBatchNorm(Pass):
         training mode, with computed or bad statistics, or along another axis than the layer's
         channels; zero padding of a shifted input; growth beyond `max_growth`.
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks …", section 3.2.
+
+    Attributes:
+        max_growth: Leave a batch norm whose largest |scale| is above this: it would widen the range of
+            the weights so far that few bits cannot hold them. None folds all.
     """
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
 
     max_growth: float | None = None
-    """Leave a batch norm whose largest |scale| is above this: it would widen the weights' range so far
-    that few bits cannot hold it. None: fold all."""
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Fold each batch norm, in graph order, where it can be."""

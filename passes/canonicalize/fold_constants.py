@@ -53,13 +53,16 @@ class FoldConstants(Pass):
     Rejects: results that would make the program larger by more than `max_growth_bytes`; sizes that
         depend on an input; what is returned. Masks, observers and quantizers stay, and so does what
         follows them: they are there to be changed.
+
+    Attributes:
+        max_growth_bytes: How many bytes a stored result may have beyond those of the tensors that it
+            makes unnecessary.
     """
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.bitwise()
 
     max_growth_bytes: int = 1 << 20
-    """How many bytes a stored result may have beyond those of the tensors that it makes unnecessary."""
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Find what is known, shrink it until nothing in it grows too much, and evaluate it."""
@@ -82,7 +85,7 @@ class FoldConstants(Pass):
                 continue
             unknown = [item for item in _inputs(node) if item.op != "get_attr" and item not in known]
             if unknown or not _has_fixed_size(node):
-                if _would_be_known(node, unknown):
+                if _would_be_known(node, unknown, known):
                     context.remark(node, "its size depends on an input")
                 continue
             known[node] = None
@@ -128,9 +131,11 @@ def _has_fixed_size(node: fx.Node) -> bool:
     )
 
 
-def _would_be_known(node: fx.Node, unknown: list[fx.Node]) -> bool:
-    """Whether only a size stands between a node and being known, and a stored tensor is at stake."""
-    reads_tensor = any(item.op == "get_attr" for item in node.all_input_nodes)
+def _would_be_known(node: fx.Node, unknown: list[fx.Node], known: dict[fx.Node, None]) -> bool:
+    """Whether only a size stands between a node and being known, and a known tensor is at stake."""
+    if not isinstance(value_of(node), torch.Tensor):
+        return False
+    reads_tensor = any(item.op == "get_attr" or item in known for item in _inputs(node))
     return reads_tensor and not any(
         isinstance(value_of(item), (torch.Tensor, tuple, list)) for item in unknown
     )
@@ -196,10 +201,10 @@ def _stand_in(node: Any) -> torch.Tensor:
 
 
 def _as_stored(program: Program, node: fx.Node, value: torch.Tensor) -> torch.Tensor:
-    trained = any(
-        item.op == "get_attr" and isinstance(program.tensor(item), nn.Parameter) for item in _sources(node)
-    )
-    return nn.Parameter(value) if trained and value.is_floating_point() else value
+    sources = [program.tensor(item) for item in _sources(node) if item.op == "get_attr"]
+    if not value.is_floating_point() or not any(isinstance(source, nn.Parameter) for source in sources):
+        return value
+    return nn.Parameter(value, requires_grad=any(source.requires_grad for source in sources))
 
 
 def _name(node: fx.Node) -> str:
