@@ -89,8 +89,7 @@ def _dynamic_scale(
     x: Tensor, axis: int | None, group_size: int | None, qmin: int, qmax: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     low, high = affine.block_range(x, axis, group_size)
-    scale, zero_point = affine.unchecked_scale(low, high, qmin, qmax, symmetric)
-    return scale.contiguous(), zero_point.contiguous()
+    return affine.unchecked_scale(low, high, qmin, qmax, symmetric)
 
 
 def _dynamic_scale_fake(

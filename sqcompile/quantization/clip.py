@@ -41,14 +41,14 @@ def least_loss(loss: Loss, low: float, high: float, symmetric: bool) -> tuple[fl
     return low, high
 
 
-def squared_error(histogram: Histogram, low: float, high: float, format: Format) -> Loss:
-    """Return the loss "squared quantization error" of the counted values, which span low..high.
+def squared_error(histogram: Histogram, format: Format) -> Loss:
+    """Return the loss "squared quantization error" of the counted values.
 
     A bin counts as its middle: with over a thousand bins to a few hundred codes, what that gets wrong is
     the same for every range.
     """
     used = histogram.counts.nonzero()[:, 0]
-    values = histogram.centers()[used].clamp(low, high).float()
+    values = histogram.centers()[used].float()
     counts = histogram.counts[used].double()
 
     def loss(lows: Tensor, highs: Tensor) -> Tensor:

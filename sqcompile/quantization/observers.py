@@ -88,7 +88,7 @@ class ObserverState(ABC):
             raise self._error("an observer watches floating-point values", seen=str(x.dtype))
         if x.numel() == 0:
             raise self._error("an observer was given an empty tensor", seen=f"shape {list(x.shape)}")
-        low, high = (bound.float().cpu().clone() for bound in block_range(x, *self.format.granularity.pair))
+        low, high = (bound.float().cpu() for bound in block_range(x, *self.format.granularity.pair))
         if not bool((low.isfinite() & high.isfinite()).all()):
             nans, infinities = int(x.isnan().sum()), int(x.float().isinf().sum())
             raise self._error(
@@ -382,7 +382,7 @@ class _PercentileState(_HistogramState):
 
 class _MSEState(_HistogramState):
     def _bounds(self) -> tuple[float, float]:
-        loss = clip.squared_error(self.histogram, self.low, self.high, self.format)
+        loss = clip.squared_error(self.histogram, self.format)
         return clip.least_loss(loss, min(self.low, 0.0), max(self.high, 0.0), self.format.symmetric)
 
 
