@@ -11,7 +11,7 @@ from importlib.metadata import version
 import onnx_ir as ir
 import torch
 
-from sqcompile.backends.onnxruntime import cleanup, compact, saturation
+from sqcompile.backends.onnxruntime import cleanup, compact, saturation, weights
 from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
 from sqcompile.backends.onnxruntime.selection import select
 from sqcompile.backends.onnxruntime.translations import OPSET, TABLE
@@ -32,6 +32,7 @@ def lower(program: Program) -> OnnxArtifact:
     selected, notes = select(program)
     model = _export(selected)
     cleanup.clean(model, program.signature, symbol_names(program))
+    weights.dequantize_at_load(model)
     compact.store_few_bits(model)
     guarded = saturation.guard(model)
     if guarded:

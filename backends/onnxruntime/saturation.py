@@ -24,14 +24,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from sqcompile.backends.onnxruntime.weights import constant, integer_users, stored_root
+
 SAFE = 64
 """Weights up to this size, times activations up to 255, in pairs, fit into 16 bits."""
 
 _DEPTH = 64  # of the probe; enough for the kernels' inner loops
 _SHIFT = 128
-
-# Operators whose kernels multiply, and the position of their weight.
-_WEIGHT = {"Conv": 1, "Gemm": 1, "MatMul": 1}
 
 
 def guard(model: ir.Model) -> int:
@@ -39,7 +38,7 @@ def guard(model: ir.Model) -> int:
     maker = _Choices(model.graph)
     count = 0
     for node in list(model.graph):
-        if node.op_type == "DequantizeLinear" and _feeds_product(node):
+        if node.op_type == "DequantizeLinear" and not all(map(_depthwise, integer_users(node))):
             weight, zero_point, others = node.inputs[0], _input(node, 2), [_input(node, 1)]
         elif node.op_type == "MatMulInteger":
             weight, zero_point, others = node.inputs[1], _input(node, 3), [_input(node, 0), _input(node, 2)]
@@ -53,16 +52,10 @@ def guard(model: ir.Model) -> int:
 
 def can_saturate(weight: ir.Value) -> bool:
     """Whether a weight is stored as int8 with values beyond ±64."""
-    stored = weight
-    while stored.const_value is None:
-        producer = stored.producer()
-        if producer is None or producer.op_type not in ("Transpose", "Reshape"):
-            return False  # made at run time, or of four bits
-        source = producer.inputs[0]
-        assert source is not None
-        stored = source
-    if stored.dtype != ir.DataType.INT8:
+    stored = stored_root(weight)
+    if stored is None or stored.dtype != ir.DataType.INT8:
         return False
+    assert stored.const_value is not None
     codes = stored.const_value.numpy()
     return bool(codes.size) and (int(codes.min()) < -SAFE or int(codes.max()) > SAFE)
 
@@ -73,7 +66,6 @@ class _Choices:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self._exact: ir.Value | None = None
-        self._zero_points: dict[object, ir.Value] = {}
 
     def replace(
         self, node: ir.Node, weight: ir.Value, zero_point: ir.Value | None, others: list[ir.Value | None]
@@ -108,7 +100,7 @@ class _Choices:
         self.graph.remove(node, safe=True)
 
     def _to_unsigned(self, weight: ir.Value) -> list[ir.Node]:
-        shift = self._shared("sqcompile/shift", np.array(_SHIFT, np.int32))
+        shift = constant(self.graph, "sqcompile/shift", np.array(_SHIFT, np.int32))
         wide = ir.node("Cast", [weight], {"to": ir.DataType.INT32})
         moved = ir.node("Add", [wide.outputs[0], shift])
         unsigned = ir.node("Cast", [moved.outputs[0]], {"to": ir.DataType.UINT8})
@@ -120,18 +112,18 @@ class _Choices:
     def _unsigned_zero_point(self, node: ir.Node, zero_point: ir.Value | None) -> ir.Value:
         if zero_point is not None and zero_point.const_value is not None:
             codes = zero_point.const_value.numpy().astype(np.int16) + _SHIFT
-            return self._shared(f"{zero_point.name}_unsigned", codes.astype(np.uint8))
+            return constant(self.graph, f"{zero_point.name}_unsigned", codes.astype(np.uint8))
         scale = _input(node, 1)
         shape = () if node.op_type == "MatMulInteger" or scale is None or scale.shape is None else scale.shape
         sizes = tuple(int(size) for size in shape)  # type: ignore[arg-type]
-        return self._shared(f"sqcompile/middle{list(sizes)}", np.full(sizes, _SHIFT, np.uint8))
+        return constant(self.graph, f"sqcompile/middle{list(sizes)}", np.full(sizes, _SHIFT, np.uint8))
 
     def _probe(self) -> ir.Value:
         """Return whether this machine's kernels add products exactly: a constant once the model is loaded."""
         if self._exact is None:
-            a = self._shared("sqcompile/probe_a", np.full((4, _DEPTH), 255, np.uint8))
-            b = self._shared("sqcompile/probe_b", np.full((_DEPTH, 16), 127, np.int8))
-            wanted = self._shared("sqcompile/probe_sum", np.array(_DEPTH * 255 * 127, np.int32))
+            a = constant(self.graph, "sqcompile/probe_a", np.full((4, _DEPTH), 255, np.uint8))
+            b = constant(self.graph, "sqcompile/probe_b", np.full((_DEPTH, 16), 127, np.int8))
+            wanted = constant(self.graph, "sqcompile/probe_sum", np.array(_DEPTH * 255 * 127, np.int32))
             product = ir.node("MatMulInteger", [a, b], name="sqcompile/probe_product")
             least = ir.node("ReduceMin", product.outputs, {"keepdims": 0}, name="sqcompile/probe_least")
             equal = ir.node("Equal", [least.outputs[0], wanted], name="sqcompile/probe_exact")
@@ -142,25 +134,6 @@ class _Choices:
             self._exact = equal.outputs[0]
             self._exact.type, self._exact.shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
         return self._exact
-
-    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            value = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
-
-
-def _feeds_product(node: ir.Node) -> bool:
-    """Whether a dequantized weight is multiplied by integer kernels that could saturate."""
-    for use in node.outputs[0].uses():
-        if use.node.op_type == "Transpose" and _feeds_product(use.node):
-            return True
-        if _WEIGHT.get(use.node.op_type) == use.idx and not _depthwise(use.node):
-            return True
-    return False
 
 
 def _depthwise(node: ir.Node) -> bool:

@@ -54,7 +54,9 @@ def _attention(
     if scale is None:
         scale = 1 / math.sqrt(query.meta["val"].shape[-1])
     keys = edit.call(aten.transpose.int, key, -2, -1, like=node)
-    scores = edit.call(aten.matmul.default, edit.call(aten.mul.Tensor, query, scale, like=node), keys, like=node)
+    scores = edit.call(
+        aten.matmul.default, edit.call(aten.mul.Tensor, query, scale, like=node), keys, like=node
+    )
     if mask is not None:
         scores = edit.call(aten.add.Tensor, scores, mask.added, like=node)
     weights = edit.call(aten.softmax.int, scores, -1, like=node)

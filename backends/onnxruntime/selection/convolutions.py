@@ -9,13 +9,16 @@ from sqcompile.backends.onnxruntime.selection.linears import integer_bias
 from sqcompile.backends.onnxruntime.selection.values import as_dequantize
 from sqcompile.operators.table import argument, operator_of
 
+# Transposed convolutions have no integer kernel.
+_INTEGER = frozenset({"conv1d", "conv2d", "conv3d"})
+
 
 def select_convolutions(context: Context) -> None:
     """Give convolutions signed weights and int32 biases."""
     edit = context.edit
     for node in list(edit.graph.nodes):
         entry = operator_of(node)
-        if entry is None or not entry.kind.startswith("conv") or entry.weight is None or entry.bias is None:
+        if entry is None or entry.kind not in _INTEGER or entry.weight is None or entry.bias is None:
             continue
         weight = as_dequantize(argument(node, entry.weight))
         data = as_dequantize(argument(node, 0))
