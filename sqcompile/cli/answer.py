@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sqcompile.progress import Progress
 
-_FILE_WIDTH = 140
+_FILE_WIDTH = 200
 """Columns where the output is no terminal."""
 
 

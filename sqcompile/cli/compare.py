@@ -58,9 +58,9 @@ def compare(
 
     feed = Feed.of(locals())
     first = open_subject(reference, feed, threads)
-    second = open_subject(other, feed, threads)
-    _check_outputs(first, second)
     batches = list(first.batches)
+    second = open_subject(other, Feed(batches=first.batches), threads)
+    _check_outputs(first, second)
     pairs = list(zip(flat_batches(first, batches), flat_batches(second, batches), strict=True))
     outputs = _compare_outputs(first, second, pairs)
     layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs])

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sqcompile.signature import Signature
 
 
+_MADE_UP = "there is no data: the inputs are made up"
+
+
 @dataclass
 class Subject:
     """A model or an artifact.
@@ -57,10 +60,12 @@ class Feed:
     Attributes:
         data: A data file, or None.
         inputs: Descriptions of inputs, for models without data.
+        batches: What an earlier subject ran on, so that all run on the same; wins over both.
     """
 
     data: DataFile | None = None
     inputs: Sequence[str] = ()
+    batches: Iterable[Any] | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Feed:
@@ -95,11 +100,14 @@ def open_model(name: str, feed: Feed) -> Subject:
         Error: If it cannot be loaded or traced, or its inputs are not known.
     """
     from sqcompile.api import find_inputs, trace_any
+    from sqcompile.data import Batches
     from sqcompile.input_spec import InputSpec, example_inputs
     from sqcompile.models import load_model
 
     model = load_model(name)
-    batches = None if feed.data is None else feed.data.open(model, name)
+    batches = feed.batches
+    if batches is None and feed.data is not None:
+        batches = feed.data.open(model, name)
     specs = [InputSpec.parse(text) for text in feed.inputs]
     inputs = find_inputs(model, example_inputs(specs) if specs and batches is None else None, batches)
     if inputs is None:
@@ -107,10 +115,10 @@ def open_model(name: str, feed: Feed) -> Subject:
     axes = {spec.name: spec.dynamic_axes() for spec in specs if spec.dynamic_axes()}
     program = trace_any(model, inputs, axes or None, source=name, data=batches)
     if batches is None:
-        notes = ["there is no data: the inputs are made up"]
-        return Subject(name, program.signature, [inputs], notes, program=program)
-    batches = batches.bind(program.signature)
-    return Subject(name, program.signature, batches, batches.notes, program=program)
+        return Subject(name, program.signature, [inputs], [_MADE_UP], program=program)
+    if isinstance(batches, Batches):
+        batches = batches.bind(program.signature)
+    return Subject(name, program.signature, batches, getattr(batches, "notes", []), program=program)
 
 
 def open_artifact(name: str, path: Path, feed: Feed, threads: int | None) -> Subject:
@@ -120,9 +128,12 @@ def open_artifact(name: str, path: Path, feed: Feed, threads: int | None) -> Sub
         Error: If it cannot be loaded.
     """
     from sqcompile.api import load
+    from sqcompile.cli.foreign import ForeignSession, is_ours
     from sqcompile.input_spec import example_call
 
-    session = load(path, threads=threads)
+    session = load(path, threads=threads) if is_ours(path) else ForeignSession(path, threads)
+    if feed.batches is not None:
+        return Subject(name, session.signature, feed.batches, session=session, path=path)
     if feed.data is not None:
         batches = feed.data.open(session, path)
         return Subject(name, session.signature, batches, batches.notes, session=session, path=path)
@@ -134,8 +145,7 @@ def open_artifact(name: str, path: Path, feed: Feed, threads: int | None) -> Sub
             seen=", ".join(str(value) for value in session.signature.inputs),
             next_step="give it data: --data FILE.npz",
         )
-    notes = ["there is no data: the inputs are made up"]
-    return Subject(name, session.signature, [call], notes, session=session, path=path)
+    return Subject(name, session.signature, [call], [_MADE_UP], session=session, path=path)
 
 
 def artifact_file(name: str) -> Path | None:

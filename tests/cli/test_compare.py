@@ -102,3 +102,40 @@ def test_a_jump_is_a_fall_of_ten_decibels(levels: list[float], jump: int | None)
 def test_a_layer_that_is_not_finite_is_a_jump() -> None:
     rows = [*_rows(60.0), LayerDistance("bad", "", "", Distance(-math.inf, 0.0, math.inf, finite=False))]
     assert find_jump(rows) == 1
+
+
+def test_the_second_gets_the_data_of_the_first(run, folder: Path) -> None:
+    (folder / "renamed.py").write_text((folder / "net.py").read_text().replace("image", "picture"))
+    result = run("compare", "net.py:make", "renamed.py:make", "-d", "x.npz")
+    assert result.code == 1
+    assert "picture" in result.err
+    run(
+        "compile",
+        "net.py:make",
+        "-d",
+        "x.npz",
+        "-p",
+        "fold-batch-norm",
+        "-o",
+        "net.pt2",
+        "--backend",
+        "reference",
+    )
+    assert run("compare", "net.pt2", "net.pt2").code == 0  # made up once, for both
+
+
+def test_takes_onnx_files_of_other_tools(run, folder: Path) -> None:
+    import onnx
+
+    run("compile", "net.py:make", "-d", "x.npz", "-o", "net.onnx")
+    model = onnx.load(folder / "net.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, folder / "foreign.onnx")
+    about = run("compare", "net.py:make", "foreign.onnx", "-d", "x.npz", "--json").json
+    assert about["outputs"]["output"]["sqnr_db"] > 100
+    data = run("bench", "net.onnx", "foreign.onnx", "--runs", "1", "--json").json
+    assert [timing["name"] for timing in data["timings"]] == ["net.onnx", "foreign.onnx"]
+    (folder / "damaged.onnx").write_bytes((folder / "foreign.onnx").read_bytes()[:-200])
+    result = run("bench", "damaged.onnx")
+    assert result.code == 1
+    assert "damaged.onnx" in result.err
