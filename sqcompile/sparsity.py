@@ -227,7 +227,7 @@ class Cut:
 
     def removed(self, scores: torch.Tensor) -> tuple[torch.Tensor, Cut]:
         """Say which scores go, and return the cut for what comes after them, with fewer ties left."""
-        gone = scores < self.value
+        gone = (scores < self.value).contiguous()
         if not self.ties:
             return gone, self
         equal = (scores == self.value).reshape(-1).nonzero()[: self.ties]

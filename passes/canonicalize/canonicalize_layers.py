@@ -126,9 +126,8 @@ def _why_not_transposed(program: Program, matrix: fx.Node) -> str | None:
     """Say why a second, transposed copy of a matrix would be needed, or return None."""
     stored = matrix.args[0] if is_mask(matrix) else matrix
     assert isinstance(stored, fx.Node)
-    users = set(matrix.users) | (set(tensor_users(program, str(stored.target))) - {matrix})
-    for user in users:
-        if user.target not in _PRODUCTS or user.args[-1] is not matrix:
+    for user in [*matrix.users, *tensor_users(program, str(stored.target))]:
+        if user is not matrix and (user.target not in _PRODUCTS or user.args[-1] is not matrix):
             return f"@{stored.target} would be stored twice: %{user.name} uses it as it lies"
     return None
 

@@ -110,13 +110,14 @@ class RemoveNoops(Pass):
         reshape(reshape(x))  ==>  reshape(x), or x;  permute(permute(x))  ==>  permute(x), or x;
         dead operators and tensors  ==>  nothing.
         Where a copy made memory contiguous, views behind it become reshapes.
-    Keeps: bitwise; -0 counts as 0 in x + 0.
+    Keeps: close(rtol=1e-4): every rule is exact (but -0 counts as 0 in x + 0), and yet a matrix product
+        may add in another order when its operand lies in another order in memory.
     Rejects: a copy that is returned, since its caller may write to it; dropout in training mode; a
         copy before an operator that reads memory (as_strided).
     """
 
     requires = produces = Level.ATEN
-    keeps: ClassVar[Keeps] = Keeps.bitwise()
+    keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Remove them in graph order, so that each sees what is left of those before it."""

@@ -28,6 +28,8 @@ CANONICALIZE: list[Pass] = [
     CanonicalizeActivations(),
     FoldBatchNorm(),
 ]
+
+
 @pytest.mark.parametrize("name", CNNS)
 @pytest.mark.parametrize("item", CANONICALIZE, ids=str)
 def test_each_pass_keeps_what_it_promises(name: str, item: Pass) -> None:
@@ -55,7 +57,9 @@ def test_all_together_leave_no_batch_norm_and_no_dropout(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CNNS)
-@pytest.mark.parametrize("item", ["sparsity=0.5", "sparsity=0.5,scope=global", "pattern=2:4", "pattern=1x4,sparsity=0.5"])
+@pytest.mark.parametrize(
+    "item", ["sparsity=0.5", "sparsity=0.5,scope=global", "pattern=2:4", "pattern=1x4,sparsity=0.5"]
+)
 def test_masks_promise_zeros_that_stay(name: str, item: str) -> None:
     program = canonical(name)[0].snapshot()
     batch = program.signature.bind(*ZOO[name].inputs())

@@ -108,13 +108,21 @@ AFTER: dict[str, tuple[Callable[[], list[nn.Module]], tuple[Tensor]]] = {
     "depthwise": (lambda: [nn.BatchNorm2d(4), nn.Conv2d(4, 8, 3, groups=4)], image(4, 6, 6)),
     "linear": (lambda: [nn.BatchNorm1d(4), nn.Linear(4, 6)], image(4)),
     "a chain": (
-        lambda: [nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 3), nn.BatchNorm2d(2)],
+        lambda: [
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 6, 1),
+            nn.BatchNorm2d(6),
+            nn.Conv2d(6, 2, 3),
+            nn.BatchNorm2d(2),
+        ],
         image(4, 6, 6),
     ),
 }
 
 
-@pytest.mark.parametrize("case", [*BEFORE.values(), *AFTER.values()], ids=[*BEFORE, *(f"after: {k}" for k in AFTER)])
+@pytest.mark.parametrize(
+    "case", [*BEFORE.values(), *AFTER.values()], ids=[*BEFORE, *(f"after: {k}" for k in AFTER)]
+)
 def test_folds(case: tuple[Callable[[], list[nn.Module]], tuple[Tensor]]) -> None:
     make, inputs = case
     after = check_pass(FoldBatchNorm(), unsettled(*make()), inputs).after
@@ -122,7 +130,9 @@ def test_folds(case: tuple[Callable[[], list[nn.Module]], tuple[Tensor]]) -> Non
     assert all(len(list(layer.node.args)) >= 3 for layer in layers_of(after))
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2)])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), lambda: nn.ConvTranspose2d(4, 6, 3, groups=2)]
+)
 def test_folds_a_pure_scale_into_what_pads(layer: Callable[[], nn.Module]) -> None:
     """Zeros stay zeros under a scale, so padding and partial kernels do no harm."""
     model = unsettled(nn.BatchNorm2d(4), layer())
@@ -202,7 +212,10 @@ def alone(model: Any, x: Tensor) -> Tensor:
         (shared_after, "the weight @next.weight of conv2d %conv2d is shared"),
         (used_twice, "before it is an input, after it its value has 2 users"),
         (alone, "there is no convolution or linear beside it: before it is relu, after it relu"),
-        (lambda model, x: model.norm(x), "before it is an input, after it its value is an output of the program"),
+        (
+            lambda model, x: model.norm(x),
+            "before it is an input, after it its value is an output of the program",
+        ),
     ],
 )
 def test_keeps(function: Callable[[Any, Tensor], Any], remark: str) -> None:
@@ -210,7 +223,9 @@ def test_keeps(function: Callable[[Any, Tensor], Any], remark: str) -> None:
 
 
 def test_folds_where_the_value_is_an_output_and_its_input_is_not() -> None:
-    checked = check_pass(FoldBatchNorm(), Branches(lambda model, x: model.norm(model.conv(x))), image(3, 4, 4))
+    checked = check_pass(
+        FoldBatchNorm(), Branches(lambda model, x: model.norm(model.conv(x))), image(3, 4, 4)
+    )
     assert targets(checked.after) == ["conv2d"] and not checked.record.remarks
 
 
@@ -282,7 +297,9 @@ def test_keeps_a_batch_norm_of_images_without_a_batch_axis() -> None:
             return self.norm(self.conv(x))
 
     x = torch.randn(3, 5, 6)
-    check_pass(FoldBatchNorm(), Unbatched(), (x,), unchanged=True, remarks=["is not the axis of the channels"])
+    check_pass(
+        FoldBatchNorm(), Unbatched(), (x,), unchanged=True, remarks=["is not the axis of the channels"]
+    )
 
 
 def test_keeps_a_batch_norm_in_training_mode() -> None:

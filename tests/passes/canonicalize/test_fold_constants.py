@@ -136,13 +136,18 @@ def test_keeps_results_that_grow_too_much_but_folds_before_them() -> None:
 
     inputs = (torch.randn(16, 8),)
     # Of the 16 · 8 floats of the result, 8 replace those of @row.
-    check_pass(FoldConstants(max_growth_bytes=4 * 15 * 8), Grown(), inputs, expected="""
+    check_pass(
+        FoldConstants(max_growth_bytes=4 * 15 * 8),
+        Grown(),
+        inputs,
+        expected="""
         program (level aten)
           input  %x: f32[16, 8]
           tensor @folded_expand: f32[16, 8]
           %add: f32[16, 8] = add(%x, @folded_expand)
           return output=%add
-    """)
+    """,
+    )
     check_pass(
         FoldConstants(max_growth_bytes=4 * 15 * 8 - 1),
         Grown(),
@@ -169,7 +174,9 @@ def test_counts_a_tensor_that_stays_in_use_as_growth() -> None:
             return x @ self.weight.t() @ self.weight
 
     inputs = (torch.randn(2, 8),)
-    check_pass(FoldConstants(max_growth_bytes=0), Tied(), inputs, unchanged=True, remarks=["it would add 256 bytes"])
+    check_pass(
+        FoldConstants(max_growth_bytes=0), Tied(), inputs, unchanged=True, remarks=["it would add 256 bytes"]
+    )
     folded = check_pass(FoldConstants(), Tied(), inputs).after
     # Not made contiguous: the matrix product would take another path, and round differently.
     assert folded.tensor("folded_t").stride() == (1, 8)
