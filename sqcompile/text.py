@@ -157,11 +157,13 @@ def _is_default(parameter: Any, value: Any) -> bool:
     if _holds_node(value) or not parameter.has_default_value():
         return False
     default = parameter.default_value
-    if isinstance(value, (list, tuple)) and not isinstance(default, (list, tuple)):
-        return default is not None and all(item == default for item in value)
-    return bool(default == value and type(default) is type(value)) or (
-        isinstance(value, (list, tuple)) and list(value) == list(default or [])
-    )
+    if isinstance(value, (list, tuple)):
+        # A stride may be written [1, 1], [1] or 1.
+        defaults = default if isinstance(default, (list, tuple)) else [default]
+        return list(value) == list(defaults) or (
+            len(value) > 0 and all(v == d for v in value for d in defaults)
+        )
+    return bool(default == value and type(default) is type(value))
 
 
 def _holds_node(value: Any) -> bool:

@@ -13,8 +13,6 @@ from torch.export import Dim
 from sqcompile.program import Program
 from sqcompile.tracing import trace
 
-ONE_THREAD = torch.get_num_threads() == 1
-
 
 class Mlp(nn.Module):
     """Two linear layers with an activation: the smallest model with layers, biases and a hidden value."""
@@ -64,7 +62,7 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def data(*shape: int, seed: int = 1) -> torch.Tensor:
     """Return normally distributed numbers that depend on the seed alone."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @functools.cache
