@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -56,8 +57,7 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
             if as_json:
                 print_json(answer.data)
             else:
-                answer.show(console())
-                sys.stdout.flush()
+                _print(answer)
 
     # Typer reads the signature through __wrapped__; a command itself returns nothing.
     run.__annotations__ = {**function.__annotations__, "return": "None"}
@@ -71,6 +71,18 @@ def console(stream: TextIO | None = None) -> Console:
     stream = stream or sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _FILE_WIDTH
     return Console(file=stream, width=width, highlight=False)
+
+
+def _print(answer: Answer) -> None:
+    """Print an answer on standard output; into files and pipes without the spaces that fill tables up."""
+    if sys.stdout.isatty():
+        answer.show(console())
+        return
+    buffer = io.StringIO()
+    answer.show(console(buffer))
+    for line in buffer.getvalue().splitlines():
+        print(line.rstrip())
+    sys.stdout.flush()
 
 
 def progress() -> Progress:

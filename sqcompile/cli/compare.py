@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,11 +176,11 @@ def _show(
         table.add_row(name, *_cells(distance))
     target.print(table)
     if layers:
-        table = _table("layer", "place")
+        table = _table("layer", "source")
         for index, row in enumerate(layers):
             mark = " ◀ jumps here" if index == jump else ""
             style = "bold" if index == jump else None
-            table.add_row(row.name + mark, *_cells(row.distance), row.place, style=style)
+            table.add_row(row.name + mark, *_cells(row.distance), _source(row.place), style=style)
         target.print(table)
         target.print(_verdict(layers, jump), markup=False)
     for note in about["notes"]:
@@ -210,6 +211,12 @@ def _table(first: str, *rest: str) -> Any:
         right = column in ("SQNR", "cosine", "max error")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     return table
+
+
+def _source(place: str) -> str:
+    """Return the source line at the end of a place; the module path there is the layer's name again."""
+    match = re.search(r"([^\s,(]+:\d+)\)$", place)
+    return match[1] if match else ""
 
 
 def _cells(distance: Distance) -> list[str]:

@@ -75,11 +75,9 @@ def _show_one(target: Console, entry: Entry) -> None:
     target.print(Text(f"\n{entry.doc.summary}"))
     for paragraph in entry.doc.paragraphs():
         target.print(Text(f"\n{paragraph}"))
-    sections = entry.data()["sections"]
-    for title, text in {
-        **sections,
-        **{name.capitalize(): fact for name, fact in entry.facts.items()},
-    }.items():
+    facts = {name.capitalize(): fact.replace(", ", "\n") for name, fact in entry.facts.items()}
+    # What the docstring says of `Keeps` explains what the class declares.
+    for title, text in {**facts, **entry.data()["sections"]}.items():
         target.print(Text(f"\n{title}", style="bold"))
         target.print(Text("\n".join(f"  {line}" for line in text.splitlines())))
     if not entry.options:
