@@ -31,14 +31,15 @@ class CorrectBias(Pass):
     all layers; as many batches are used as `max_bytes` can hold.
 
     Keeps: interface(): biases of the floating-point program absorb the error of the quantized one.
-    Rejects: layers without a bias (`add_bias` gives them one).
+    Rejects: linear layers without a bias (`add_bias` gives them one; convolutions always get one, since
+        integer kernels add it for nothing).
     Raises: CalibrationError without data, or before `calibrate`.
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.2, with the means measured on data.
 
     Attributes:
         layers: Patterns of the layers to correct.
         exclude: Patterns of layers to leave alone.
-        add_bias: Give layers without a bias one.
+        add_bias: Give linear layers without a bias one.
         max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
     """
 
@@ -86,7 +87,7 @@ class CorrectBias(Pass):
     def _corrects(self, layer: Layer, context: PassContext) -> bool:
         if layer.operator.bias is None or not is_observe(layer.weight_value):
             return False
-        if layer.bias is None and not self.add_bias:
+        if layer.bias is None and not (self.add_bias or layer.kind.startswith("conv")):
             context.remark(layer.node, "is not corrected: it has no bias; add-bias=true gives it one")
             return False
         if layer.bias is not None and layer.bias.op != "get_attr":

@@ -14,7 +14,7 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.format import Format, PerChannel, PerTensor
 from sqcompile.quantization.observers import Fixed, HistogramMSE, MinMax, Observer
-from sqcompile.quantization.placement import Watch, place
+from sqcompile.quantization.placement import Watch, place, takes_elements
 from sqcompile.quantization.scheme import Override, Site, choose_formats, sites_of, weight_format
 from sqcompile.rewrite import Rewriter
 from sqcompile.text import locate
@@ -140,7 +140,10 @@ class InsertObservers(Pass):
             watch.value,
             observe,
             only=lambda user: (
-                user is not observe and not _observes(user) and (users is None or user in users)
+                user is not observe
+                and not _observes(user)
+                and takes_elements(user)
+                and (users is None or user in users)
             ),
         )
 

@@ -20,6 +20,9 @@ from sqcompile.operators.table import Scales, argument, data_arguments, operator
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.scheme import Site
 
+# Moves that drop elements.
+_DROPS = frozenset({torch.ops.aten.select.int, torch.ops.aten.slice.Tensor})
+
 Remarks = Callable[[fx.Node, str], None]
 
 # Integer kernels of matrix products can leave their int32 sums in floating point at no cost; those of
@@ -73,8 +76,18 @@ def takers(value: fx.Node) -> Iterator[fx.Node]:
     for user in value.users:
         if _moved(user) is value:
             yield from takers(user)
-        elif user.op == "output" or _is_tensor(user):
-            yield user  # others only read its size
+        elif takes_elements(user):
+            yield user
+
+
+def takes_elements(user: fx.Node) -> bool:
+    """Whether a user takes a value's elements; others only read its size."""
+    if user.op == "output":
+        return True
+    recorded = user.meta.get("val")
+    return isinstance(recorded, torch.Tensor) or (
+        isinstance(recorded, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in recorded)
+    )
 
 
 def result(node: fx.Node) -> fx.Node:
@@ -163,9 +176,11 @@ def _watches(chosen: _Chosen) -> list[Watch]:
         item = chosen[node]
         for value in item.inputs:
             key = (origin(value), item.format)
+            early = (_before_moves(value), item.format)
             if written.get(key[0]) == item.format:
                 pass  # an integer operator writes these codes
-            elif _all_take(*key, chosen):
+            elif _all_take(*early, chosen):
+                key = early
                 found.setdefault(key, Watch(*key, users=None))
             else:
                 key = (value, item.format)
@@ -230,6 +245,13 @@ def _all_take(value: fx.Node, format: Format, chosen: _Chosen) -> bool:
     return all(user in chosen and chosen[user].format == format for user in takers(value))
 
 
+def _before_moves(value: fx.Node) -> fx.Node:
+    """Follow a value back as `origin` does, but not through what drops elements: fewer are quantized behind it."""
+    while value.target not in _DROPS and (source := _moved(value)) is not None:
+        value = source
+    return value
+
+
 def _moved(node: fx.Node) -> fx.Node | None:
     """Return the value whose elements a node only moves, or None."""
     if node.target is operator.getitem:
@@ -244,13 +266,6 @@ def _moved(node: fx.Node) -> fx.Node | None:
 def _fixed_range(value: fx.Node) -> tuple[float, float] | None:
     entry = operator_of(origin(value))
     return entry.output_range if entry is not None and entry.scales is Scales.FIXED else None
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    recorded = node.meta.get("val")
-    return isinstance(recorded, torch.Tensor) or (
-        isinstance(recorded, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in recorded)
-    )
 
 
 def _graph_nodes(chosen: _Chosen) -> Iterable[fx.Node]:
