@@ -35,14 +35,27 @@ class Pattern:
     columns: int = 1
 
     def __post_init__(self) -> None:
-        if self.m and not 0 < self.n < self.m:
+        if (self.m or self.n) and not 0 < self.n < self.m:
             raise FormatError(
                 "An N:M pattern keeps N of M weights.",
                 seen=f"{self.n}:{self.m}",
-                expected="0 < N < M, as 2:4",
+                expected="0 < N < M",
+                next_step="write the kept weights first, as 2:4",
             )
         if self.rows < 1 or self.columns < 1:
-            raise FormatError("A block has at least one row and column.", seen=str(self), expected="as 1x4")
+            raise FormatError(
+                "A block has at least one row and column.",
+                seen=f"{self.rows}x{self.columns}",
+                expected="RxC with R and C of 1 or more",
+                next_step="write outputs first, then inputs, as 1x4",
+            )
+        if self.m and self.rows * self.columns > 1:
+            raise FormatError(
+                "A pattern is either N of M or of blocks.",
+                seen=f"{self.n}:{self.m} and {self.rows}x{self.columns}",
+                expected="one of the two",
+                next_step="leave one of the two",
+            )
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -54,7 +67,7 @@ class Pattern:
         text = text.strip().lower()
         if text == "unstructured":
             return cls()
-        if match := re.fullmatch(r"(\d+):(\d+)", text):
+        if (match := re.fullmatch(r"(\d+):(\d+)", text)) and int(match[2]):
             return cls(n=int(match[1]), m=int(match[2]))
         if match := re.fullmatch(r"(\d+)x(\d+)", text):
             return cls(rows=int(match[1]), columns=int(match[2]))
@@ -268,8 +281,8 @@ class Sparsity:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights that are zero."""
-        return 1.0 - float(self.mask.sum()) / max(1, self.mask.numel())
+        """Fraction of weights that are zero; 0 of none."""
+        return 1.0 - float(self.mask.sum()) / self.mask.numel() if self.mask.numel() else 0.0
 
     def violations(self, weight: torch.Tensor) -> str | None:
         """Say what breaks the promise in a weight, or return None."""
