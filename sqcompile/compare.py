@@ -43,8 +43,9 @@ def compare_layers(
     """Compare the outputs of the layers of one program with the same values in another.
 
     Values are paired by node name; where a pass has put one node in another's place (a convolution for
-    the batch norm that was folded into it), by the name of the node which it stands for. At most 2¹⁸
-    evenly spaced elements of each value are compared, so that memory stays small.
+    the batch norm that was folded into it), by the name of the node which it stands for. Where a
+    pass has rescaled channels (`Rewriter.rescale`), that is undone. At most 2¹⁸ evenly spaced elements of
+    each value are compared, so that memory stays small.
 
     Args:
         reference: The program that is right, usually the one that was traced.
@@ -138,7 +139,7 @@ def _meet(
         other = kept.get(pairs[node])
         if other is None or not isinstance(value, torch.Tensor):
             return
-        sample = _sample(value)
+        sample = _sample(value / node.meta["rescaled"] if "rescaled" in node.meta else value)
         if sample.shape == other.shape:
             on_pair(node, other, sample)
 

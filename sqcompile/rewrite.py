@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from sqcompile.errors import Error, VerifyError
 from sqcompile.fingerprint import tensor_identity
-from sqcompile.infer import fake_mode_of, fake_tensor, infer_node
+from sqcompile.infer import fake_mode_of, fake_tensor, infer_node, note_derived
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
 from sqcompile.text import locate, node_text, operator_name
@@ -126,7 +126,20 @@ class Rewriter:
         stands_for = old.meta.get("stands_for", None if "origin" in old.meta else old.name)
         if stands_for is not None and not old.users:
             new.meta["stands_for"] = stands_for
+            if "rescaled" in old.meta:
+                new.meta["rescaled"] = old.meta["rescaled"]
         self.changes += bool(replaced)
+
+    def rescale(self, node: fx.Node, factor: torch.Tensor) -> None:
+        """Record that a node's value is now the original one times `factor`, channel by channel.
+
+        Comparisons divide by it; otherwise they would blame the node for an error that is none.
+
+        Args:
+            node: The node; its operator and arguments are the caller's business.
+            factor: Factors, of a shape that the value broadcasts with: [C, 1, 1] for [N, C, H, W].
+        """
+        node.meta["rescaled"] = node.meta.get("rescaled", 1.0) * factor
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
         """Replace one positional argument and infer the node's value again.
@@ -159,6 +172,7 @@ class Rewriter:
         """
         try:
             node.meta["val"] = infer_node(node, self._mode)
+            note_derived(node)
         except (MemoryError, RecursionError):
             raise
         except Exception as error:

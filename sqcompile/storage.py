@@ -54,6 +54,11 @@ def save_program(program: Program, path: Path) -> None:
                 for node in program.compute_nodes()
                 if "stands_for" in node.meta
             },
+            "rescaled": {
+                node.name: [list(node.meta["rescaled"].shape), node.meta["rescaled"].flatten().tolist()]
+                for node in program.compute_nodes()
+                if "rescaled" in node.meta
+            },
         }
     )
     with atomic_file(path) as temporary:
@@ -114,6 +119,9 @@ def load_program(path: Path) -> Program:
         for node in program.compute_nodes():
             if node.name in entry.get("stands_for", {}):
                 node.meta["stands_for"] = entry["stands_for"][node.name]
+            if node.name in entry.get("rescaled", {}):
+                shape, factors = entry["rescaled"][node.name]
+                node.meta["rescaled"] = torch.tensor(factors, dtype=torch.float64).reshape(shape)
     except (KeyError, ValueError, TypeError) as error:
         raise FileError(
             f"'{path}' carries a damaged description.",

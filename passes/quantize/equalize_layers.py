@@ -187,6 +187,8 @@ class _Scaled:
         channels = _by_channel(old.detach().double(), layer)
         factors = (self._outputs * self._inputs).unsqueeze(3)
         edit.replace_tensor(layer.weight, _as_weight(channels * factors, old.shape, layer).to(old.dtype))
+        trailing = 0 if layer.kind == "linear" else layer.node.meta["val"].dim() - 2
+        edit.rescale(layer.node, self._outputs.reshape(-1, *[1] * trailing))
         if layer.bias is not None:
             bias = edit.program.tensor(layer.bias)
             moved = bias.detach().double() * self._outputs.flatten()
