@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 
 from torch import fx
 
-from sqcompile.errors import SelectionError, nearest
+from sqcompile.errors import SelectionError, did_you_mean, nearest
 from sqcompile.operators.table import Operator, argument, operator_of
 from sqcompile.program import Program
 from sqcompile.text import module_path
@@ -166,7 +166,7 @@ def select_layers(
                 where=where or None,
                 seen=kind,
                 expected=", ".join(sorted(known_kinds)) or "a model with layers",
-                next_step="choose one of these kinds",
+                next_step=did_you_mean(kind, known_kinds),
             )
     chosen = set()
     for pattern in include:
@@ -189,7 +189,11 @@ def _matching(pattern: str, names: Sequence[str], where: str) -> set[str]:
         found = {name for name in names if matches(pattern, name)}
     except re.error as error:
         raise SelectionError(
-            f"'{pattern}' is not a regular expression.", where=where or None, seen=str(error)
+            f"'{pattern}' is not a regular expression.",
+            where=where or None,
+            seen=str(error),
+            expected="an expression of Python's re module behind 're:'",
+            next_step="escape special characters, or use a shell pattern such as layers.*.attn",
         ) from error
     if not found and pattern != "*":
         near = nearest(pattern, names)

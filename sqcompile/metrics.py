@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sqcompile.errors import InputError
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -44,11 +46,22 @@ class DistanceMeter:
         self._finite = True
 
     def add(self, reference: torch.Tensor, value: torch.Tensor) -> None:
-        """Add one pair of equal shapes. Where the reference is infinite, equal values do not count."""
+        """Add one pair. Where the reference is not finite, equal values do not count.
+
+        Raises:
+            InputError: If the shapes differ.
+        """
+        if reference.shape != value.shape:
+            raise InputError(
+                "Values of different shapes have no distance.",
+                where="comparison of two values",
+                seen=tuple(value.shape),
+                expected=tuple(reference.shape),
+                next_step="compare outputs of programs with the same interface, on the same inputs",
+            )
         if reference.numel() == 0:
             return
-        ref = reference.detach().reshape(-1).to(torch.float64)
-        val = value.detach().reshape(-1).to(torch.float64)
+        ref, val = _numbers(reference), _numbers(value)
         regular = torch.isfinite(ref)
         if not bool(regular.all()):  # masks of attention hold -inf: compare only what is finite
             self._finite = self._finite and bool(
@@ -79,8 +92,19 @@ class DistanceMeter:
         return Distance(sqnr, min(1.0, cosine), self._max_error)
 
 
+def _numbers(value: torch.Tensor) -> torch.Tensor:
+    value = value.detach()
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    return value.reshape(-1).to(torch.float64)
+
+
 def distance(reference: torch.Tensor, value: torch.Tensor) -> Distance:
-    """Return the distance of one tensor from its reference; shapes must be equal."""
+    """Return the distance of one tensor from its reference.
+
+    Raises:
+        InputError: If the shapes differ.
+    """
     meter = DistanceMeter()
     meter.add(reference, value)
     return meter.result()
