@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 
 import onnx_ir as ir
 import torch
+from torch import fx
+from torch.utils import _pytree as pytree
 
 from sqcompile.backends.onnxruntime import cleanup, compact, saturation, weights
 from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
@@ -17,7 +21,7 @@ from sqcompile.backends.onnxruntime.selection import select
 from sqcompile.backends.onnxruntime.translations import OPSET, TABLE
 from sqcompile.errors import BackendError
 from sqcompile.program import Program
-from sqcompile.text import symbol_names
+from sqcompile.text import locate, symbol_names
 
 _LARGEST_IR_VERSION = 10
 """The file format that belongs to opset 21; runtimes older than the exporter read no later one."""
@@ -45,6 +49,7 @@ def lower(program: Program) -> OnnxArtifact:
 
 
 def _export(program: Program) -> ir.Model:
+    _drop_constant_results(program)
     try:
         exported = program.to_exported_program()
         with _quiet(), torch.no_grad():
@@ -60,6 +65,32 @@ def _export(program: Program) -> ir.Model:
         raise _explain(error) from error
     assert result is not None
     return result.model
+
+
+def _drop_constant_results(program: Program) -> None:
+    """Leave out of the graph what the signature knows: results that are no tensors.
+
+    Raises:
+        BackendError: If such a result is computed: a size, say.
+    """
+    results = program.output.args[0]
+    assert isinstance(results, (tuple, list))
+    for item, value in zip(results, program.signature.outputs, strict=True):
+        if isinstance(item, fx.Node) and not value.is_tensor:
+            raise BackendError(
+                "The program returns a number that it computes from sizes.",
+                where=f"output '{value.name}', {locate(item)}",
+                seen=str(item.meta.get("val")),
+                expected="tensors and constants",
+                next_step="return the tensor instead, whose shape says the same",
+            )
+    kept = tuple(item for item in results if isinstance(item, fx.Node))
+    program.output.args = (kept,)
+    program.signature = replace(
+        program.signature,
+        outputs=tuple(value for value in program.signature.outputs if value.is_tensor),
+        out_spec=pytree.tree_structure(kept, is_leaf=lambda item: isinstance(item, fx.Node)),
+    )
 
 
 def _explain(error: BaseException) -> BackendError:
@@ -84,11 +115,13 @@ def _explain(error: BaseException) -> BackendError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's remarks about packages that are not installed out of the user's terminal."""
+    """Keep the exporter's remarks, on packages that are not installed say, out of the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
