@@ -73,9 +73,10 @@ def _apply(edit: Rewriter, node: fx.Node) -> str:
     else:
         edit.replace_tensor(weight, value)
         new = weight
+    kept = mask if promise is None else mask & promise.mask
     # The promise of whoever made the mask knows its pattern; masks from elsewhere have none.
-    kept = promise is not None and torch.equal(promise.mask, mask)
-    program.sparsity[name] = promise if promise is not None and kept else Sparsity(mask)
+    known = promise is not None and torch.equal(promise.mask, kept)
+    program.sparsity[name] = promise if promise is not None and known else Sparsity(kept)
     edit.replace(node, new)
     edit.erase(node)
     return name

@@ -91,7 +91,9 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 def checked(cases: str) -> CheckedPass:
     """All cases in one model, since tracing is what takes time; the n-th output is that of the n-th case."""
     functions = [case[0] for case in FORMS.values()] if cases == "forms" else list(OTHERS.values())
-    return check_pass(CanonicalizeActivations(), Function(lambda x: [function(x) for function in functions]), X)
+    return check_pass(
+        CanonicalizeActivations(), Function(lambda x: [function(x) for function in functions]), X
+    )
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -111,7 +113,15 @@ def test_leaves_all_else() -> None:
 
 def test_leaves_canonical_forms() -> None:
     def function(x: Tensor) -> list[Tensor]:
-        return [F.relu(x), x.clamp(0, 6), F.silu(x), F.hardswish(x), F.hardsigmoid(x), F.gelu(x), F.leaky_relu(x)]
+        return [
+            F.relu(x),
+            x.clamp(0, 6),
+            F.silu(x),
+            F.hardswish(x),
+            F.hardsigmoid(x),
+            F.gelu(x),
+            F.leaky_relu(x),
+        ]
 
     check_pass(CanonicalizeActivations(), Function(function), X, unchanged=True)
 

@@ -153,9 +153,7 @@ def test_keeps_a_matrix_that_is_used_as_it_lies() -> None:
 
     checked = check_pass(CanonicalizeLayers(), Stored(function), ROWS)
     assert targets(checked.after).count("linear") == 1
-    assert any(
-        "@weight would be stored twice: %t uses it as it lies" in reason for reason in checked.reasons
-    )
+    assert any("@weight would be stored twice: %t uses it as it lies" in reason for reason in checked.reasons)
     assert checked.after.has_tensor("weight") and not checked.after.has_tensor("weight_transposed")
 
 
