@@ -1,6 +1,44 @@
-"""Passes: one rewrite a file, grouped by job; `pipelines` has whole jobs."""
+"""Passes: one rewrite a file, grouped by job; `sqcompile passes` lists them.
 
-from sqcompile.passes import pipelines as pipelines
-from sqcompile.passes.canonicalize import *  # noqa: F403
-from sqcompile.passes.prune import *  # noqa: F403
-from sqcompile.passes.quantize import *  # noqa: F403
+Canonicalization brings a model into one form, pruning decides about zeros, quantization about codes.
+`pipelines` holds whole jobs as plain lists of passes.
+"""
+
+from sqcompile.passes import pipelines
+from sqcompile.passes.canonicalize import (
+    CanonicalizeActivations,
+    CanonicalizeLayers,
+    FoldBatchNorm,
+    FoldConstants,
+    RemoveNoops,
+)
+from sqcompile.passes.prune import ApplyMasks, MaskWeights
+from sqcompile.passes.quantize import (
+    Calibrate,
+    CorrectBias,
+    EqualizeLayers,
+    FoldQDQ,
+    FreezeObservers,
+    InsertObservers,
+    QuantizeWeights,
+    RelaxClamps,
+)
+
+__all__ = [
+    "ApplyMasks",
+    "Calibrate",
+    "CanonicalizeActivations",
+    "CanonicalizeLayers",
+    "CorrectBias",
+    "EqualizeLayers",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FoldQDQ",
+    "FreezeObservers",
+    "InsertObservers",
+    "MaskWeights",
+    "QuantizeWeights",
+    "RelaxClamps",
+    "RemoveNoops",
+    "pipelines",
+]
