@@ -13,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from sqcompile.program import Program
+from sqcompile.signature import describe_type
+from sqcompile.text import rename_symbols
 
 
 def fake_mode_of(program: Program) -> FakeTensorMode:
@@ -36,6 +38,30 @@ def infer_node(node: fx.Node, mode: FakeTensorMode) -> Any:
     fresh = nullcontext() if symbols is None else symbols.ignore_fresh_unbacked_symbols()
     with mode, enable_python_dispatcher(), torch.no_grad(), fresh:
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def note_derived(node: fx.Node) -> None:
+    """Remember that a node's recorded value has just been derived from its operator and arguments."""
+    node.meta["derived"] = _derivation(node)
+
+
+def is_derived(node: fx.Node) -> bool:
+    """Whether operator, arguments and all recorded types are as they were at `note_derived`."""
+    return node.meta.get("derived") == _derivation(node)
+
+
+def _derivation(node: fx.Node) -> str:
+    types = [describe_value(argument.meta.get("val")) for argument in node.all_input_nodes]
+    return f"{node.target}|{node.args}|{node.kwargs}|{types}|{describe_value(node.meta.get('val'))}"
+
+
+def describe_value(value: Any, names: dict[str, str] | None = None) -> str:
+    """Return a recorded value's type, such as `f32[batch, 3]`, with symbols renamed by `names`."""
+    if isinstance(value, torch.Tensor):
+        return describe_type(value.dtype, [rename_symbols(size, names or {}) for size in value.shape])
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(describe_value(item, names) for item in value) + ")"
+    return "nothing recorded" if value is None else str(value)
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -8,7 +8,14 @@ import torch
 from torch import fx
 
 from sqcompile.errors import LevelError, VerifyError
-from sqcompile.infer import fake_mode_of, infer_node, same_type
+from sqcompile.infer import (
+    describe_value,
+    fake_mode_of,
+    infer_node,
+    is_derived,
+    note_derived,
+    same_type,
+)
 from sqcompile.levels import Level
 from sqcompile.program import Program
 from sqcompile.signature import Value, describe_type
@@ -100,8 +107,8 @@ def check_interface(before: Program, after: Program) -> None:
             raise VerifyError(
                 "The pass changed the type of an input or output.",
                 where=locate(right) if isinstance(right, fx.Node) else "outputs of the program",
-                seen=_describe(_value(right), symbols),
-                expected=_describe(_value(left), symbols),
+                seen=describe_value(_value(right), symbols),
+                expected=describe_value(_value(left), symbols),
                 next_step=f"convert back to the old type, {declare}",
             )
     if dict(old.dims) != dict(new.dims):
@@ -148,7 +155,7 @@ def _check_signature(program: Program) -> None:
                 raise VerifyError(
                     f"The {what} '{value.name}' is not what the signature says.",
                     where=locate(item) if isinstance(item, fx.Node) else f"{what} '{value.name}'",
-                    seen=_describe(recorded, symbols),
+                    seen=describe_value(recorded, symbols),
                     expected=describe_type(value.dtype, value.shape) if value.is_tensor else str(value),
                     next_step="convert back to the old type, or declare changes_interface = True "
                     "and set the program's signature",
@@ -209,15 +216,14 @@ def _check_tensor(program: Program, node: fx.Node) -> None:
         raise VerifyError(
             f"The recorded type of the tensor '{name}' is wrong.",
             where=locate(node),
-            seen=_describe(recorded, {}),
-            expected=_describe(tensor, {}),
+            seen=describe_value(recorded),
+            expected=describe_value(tensor),
             next_step="replace tensors with Rewriter.replace_tensor",
         )
 
 
 def _check_call(node: fx.Node, mode: Any) -> None:
-    key = _signature_of(node)
-    if node.meta.get("checked") == key:
+    if is_derived(node):
         return
     recorded = node.meta.get("val")
     if recorded is None and not node.users:
@@ -236,28 +242,15 @@ def _check_call(node: fx.Node, mode: Any) -> None:
         raise VerifyError(
             f"The recorded type of '{operator_name(node)}' is wrong.",
             where=locate(node),
-            seen=_describe(recorded, {}),
-            expected=_describe(derived, {}),
+            seen=describe_value(recorded),
+            expected=describe_value(derived),
             next_step="insert nodes with Rewriter.call, and call Rewriter.infer after changing arguments",
         )
-    node.meta["checked"] = key
-
-
-def _signature_of(node: fx.Node) -> str:
-    types = [_describe(_value(argument), {}) for argument in node.all_input_nodes]
-    return f"{node.target}|{node.args}|{node.kwargs}|{types}|{_describe(node.meta.get('val'), {})}"
+    note_derived(node)
 
 
 def _value(item: Any) -> Any:
     return item.meta.get("val") if isinstance(item, fx.Node) else item
-
-
-def _describe(value: Any, names: dict[str, str]) -> str:
-    if isinstance(value, torch.Tensor):
-        return describe_type(value.dtype, [rename_symbols(size, names) for size in value.shape])
-    if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(_describe(item, names) for item in value) + ")"
-    return "nothing recorded" if value is None else str(value)
 
 
 def _level_hint(name: str, level: Level) -> str:
