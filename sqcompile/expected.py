@@ -94,8 +94,8 @@ class ExpectedInputs:
                     where=where,
                     seen=", ".join(arrays),
                     expected=", ".join(self.names[:12]),
-                    next_step=f"{did_you_mean(name, self.names)} Name the array as the input, or drop it; "
-                    f"FILE.npz:{name} takes this one array for the first input",
+                    next_step=f"{did_you_mean(name, self.names)}; otherwise drop the array, or take it for the "
+                    f"first input with FILE.npz:{name}",
                 )
         missing = [name for name in self.names if name in self.required and name not in arrays]
         if missing:

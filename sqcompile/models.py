@@ -89,7 +89,9 @@ def _load_path(source: str | Path) -> Any:
         where=text,
         seen=f"a file with suffix '{path.suffix}'",
         expected="a Hugging Face folder, a .pt2 file, or module.py:factory",
-        next_step="save the model with torch.export.save, or name a function that makes it",
+        next_step=f"name the function that makes the model: {text}:FUNCTION"
+        if path.suffix == ".py"
+        else "save the model with torch.export.save, or name a function that makes it",
     )
 
 

@@ -122,6 +122,10 @@ def load_program(path: Path) -> Program:
             if node.name in entry.get("rescaled", {}):
                 shape, factors = entry["rescaled"][node.name]
                 node.meta["rescaled"] = torch.tensor(factors, dtype=torch.float64).reshape(shape)
+    except FileError as error:
+        if str(path) not in (error.where or ""):  # the signature knows no path
+            error.where = f"{path}, {error.where}" if error.where else str(path)
+        raise
     except (KeyError, ValueError, TypeError) as error:
         raise FileError(
             f"'{path}' carries a damaged description.",

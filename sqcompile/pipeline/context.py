@@ -53,6 +53,7 @@ class PassContext:
                 where=f"pass {self.origin}",
                 seen="calibration=None",
                 expected="an iterable of batches: tensors, tuples of inputs, or dicts of named inputs",
-                next_step="pass calibration=[batch, …] to sqcompile.compile (100 to 500 samples are usual)",
+                next_step="pass calibration=[batch, …] to sqcompile.compile, or --data FILE on the command line "
+                "(100 to 500 samples are usual)",
             )
         yield from self.progress.track(self.calibration, purpose)

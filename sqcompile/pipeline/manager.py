@@ -223,7 +223,8 @@ class PassManager:
         """Add to an error which pass failed, what ran before it, and where the last good graph is."""
         ran = ", ".join(record.text for record in records) or "no other pass"
         place = f"pass {item.name} (after {ran})" if item else f"after {ran}"
-        error.where = f"{place}; {error.where}" if error.where else place
+        repeats = item is not None and error.where == f"pass {item.name}"
+        error.where = place if repeats or not error.where else f"{place}; {error.where}"
         name = item.name if item else "passes"
         path = self._dump(program, name)
         if path is not None:
