@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
-from sqcompile.calibration import Calibration, as_call
+from sqcompile.calibration import Calibration, as_call, keep_iterator
 from sqcompile.compare import compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
@@ -202,7 +202,7 @@ def compile(
     pipeline = resolve_passes(passes)
     target = None if backend == "auto" else get_backend(backend)
     loaded = load_model(model)
-    batches = _readable(open_data(calibration, loaded, model))
+    batches = open_data(calibration, loaded, model)
     inputs = find_inputs(loaded, example_inputs, batches)
     if inputs is None:
         assert isinstance(loaded, nn.Module)
@@ -343,7 +343,7 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
         return normalize_inputs(example_inputs)
     if calibration is not None:
         for batch in calibration:
-            args, kwargs = as_call(batch)
+            args, kwargs = as_call(batch, "calibration batch 0")
             return tuple(args), dict(kwargs)
     if isinstance(model, ExportedProgram):
         return model.example_inputs or ((), {})
@@ -356,17 +356,17 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
 
 
 def open_data(calibration: Any, model: object, source: object) -> Any:
-    """Open calibration data that lies in a file; return anything else as it is.
+    """Open calibration data that lies in a file; return any other data in a form that is read repeatedly.
 
     Raises:
         FileError: If the file cannot be read.
-        CalibrationError: If it does not fit the model.
+        CalibrationError: If it does not fit the model, or is no collection of batches.
     """
     if isinstance(calibration, (str, Path)):
         calibration = DataFile(str(calibration))
     if isinstance(calibration, DataFile):
         return calibration.open(model, source if isinstance(source, (str, Path)) else None)
-    return calibration
+    return None if calibration is None else keep_iterator(calibration)  # read twice: example, and data
 
 
 def trace_any(
@@ -435,16 +435,6 @@ def parse_bytes(size: int | str | None) -> int | None:
         raise InputError(
             f"'{size}' is no size.", seen=size, expected="a number of bytes, or text such as 8GB or 512MiB"
         ) from None
-
-
-def _readable(calibration: Iterable[Any] | None) -> Any:
-    """Make an iterator readable twice: once for example inputs, once for calibration."""
-    if calibration is None or isinstance(calibration, (torch.Tensor, Mapping)):
-        return calibration
-    try:
-        return list(calibration) if iter(calibration) is calibration else calibration
-    except TypeError:
-        return calibration
 
 
 def _check_batch(signature: Signature, inputs: Inputs, data: Calibration | None) -> list[list[Any]]:

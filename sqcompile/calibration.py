@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from sqcompile.signature import Signature
 
 
 class Calibration:
-    """A sized, re-iterable view of calibration batches as flat inputs.
+    """A re-iterable view of calibration batches as flat inputs.
 
     Args:
         batches: Each a tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair
@@ -25,32 +25,18 @@ class Calibration:
     """
 
     def __init__(self, batches: Iterable[Any], signature: Signature) -> None:
-        if isinstance(batches, (torch.Tensor, np.ndarray, Mapping, str)):
-            raise CalibrationError(
-                "Calibration data must be an iterable of batches.",
-                where="calibration",
-                seen=type(batches).__name__,
-                expected="a list (or data loader) of tensors, tuples or dicts",
-                next_step="wrap one batch in a list: calibration=[batch]",
-            )
-        try:
-            # An iterator can be read only once, and several passes read the data.
-            self._batches: Any = list(batches) if iter(batches) is batches else batches
-        except TypeError as error:
-            raise CalibrationError(
-                "Calibration data cannot be iterated.",
-                where="calibration",
-                seen=type(batches).__name__,
-                expected="an iterable of batches",
-                next_step="pass a list of batches",
-            ) from error
+        # An iterator can be read only once, and several passes read the data.
+        self._batches = keep_iterator(batches)
         self.signature = signature
-        if isinstance(self._batches, Sized) and len(self._batches) == 0:
+        if _length(self._batches) == 0:
             self._reject_empty()
 
     def __len__(self) -> int:
-        if not hasattr(self._batches, "__len__"):
-            self._batches = list(self._batches)
+        """Return the number of batches.
+
+        Raises:
+            TypeError: If the data does not know it, as streams do not; they are not read to count them.
+        """
         return len(self._batches)
 
     def __iter__(self) -> Iterator[list[Any]]:
@@ -71,16 +57,19 @@ class Calibration:
         Raises:
             CalibrationError: If it does not fit the program's inputs, is empty, or holds NaN or infinity.
         """
-        args, kwargs = as_call(batch)
+        args, kwargs = as_call(batch, where)
         try:
             flat = self.signature.bind(args, kwargs)
         except InputError as error:
+            next_step = error.next_step
+            if not kwargs and len(args) > len(self.signature.tensor_inputs):
+                next_step = "a loader that also gives labels: pass (batch[0] for batch in loader)"
             raise CalibrationError(
                 f"A calibration batch does not fit the model. {error.what}",
                 where=f"{where}, {error.where}",
                 seen=error.seen,
                 expected=error.expected,
-                next_step=error.next_step,
+                next_step=next_step,
             ) from error
         for value, leaf in zip(self.signature.inputs, flat, strict=True):
             check_data(leaf, f"{where}, input '{value.name}'")
@@ -96,7 +85,35 @@ class Calibration:
         )
 
 
-def as_call(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+def keep_iterator(batches: Any) -> Any:
+    """Return what can be read more than once: an iterator's batches as a list, anything else as it is.
+
+    Raises:
+        CalibrationError: If it is no collection of batches.
+    """
+    if isinstance(batches, (torch.Tensor, np.ndarray, Mapping, str)):
+        raise CalibrationError(
+            "Calibration data must be an iterable of batches.",
+            where="calibration",
+            seen=type(batches).__name__,
+            expected="a list (or data loader) of tensors, tuples or dicts",
+            next_step="wrap one batch in a list: calibration=[batch]",
+        )
+    if isinstance(batches, Iterator):
+        return list(batches)
+    # Asked without iterating: a data loader would start its workers.
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise CalibrationError(
+            "Calibration data cannot be iterated.",
+            where="calibration",
+            seen=type(batches).__name__,
+            expected="an iterable of batches",
+            next_step="pass a list of batches",
+        )
+    return batches
+
+
+def as_call(batch: Any, where: str = "calibration") -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Return a batch as the positional and keyword arguments of a call.
 
     Raises:
@@ -112,7 +129,7 @@ def as_call(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
         return batch, {}
     raise CalibrationError(
         "A calibration batch has a type that cannot be an input.",
-        where="calibration",
+        where=where,
         seen=type(batch).__name__,
         expected="a tensor, a tuple of inputs, a dict of named inputs, or a pair (tuple, dict)",
         next_step="turn each batch into one of these",
@@ -144,3 +161,11 @@ def check_data(leaf: Any, where: str) -> None:
             expected="finite values",
             next_step="clean the data, or drop the batch",
         )
+
+
+def _length(batches: Any) -> int | None:
+    """Return the number of batches, or None if the data does not know it."""
+    try:
+        return len(batches)
+    except TypeError:  # a data loader over a stream has `__len__`, and raises
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -43,7 +43,6 @@ class BarProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        total = len(items) if isinstance(items, Sized) else None
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -51,7 +50,7 @@ class BarProgress:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
-            yield from bar.track(items, total=total, description=description)
+            yield from bar.track(items, description=description)
 
     def note(self, text: str) -> None:
         """Print the line on standard error."""
