@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.main import get_command
 
 from sqcompile import Recipe
+from sqcompile.cli.app import app
+from sqcompile.pipeline import parse_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +59,24 @@ def test_recipes_parse(page: Path) -> None:
         Recipe.parse(text, file=f"{name_of(page)}, block at {line}")
 
 
+def command_lines() -> list[str]:
+    """The command lines of the pages, and of the help texts."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    texts += [command.help or "" for command in get_command(app).commands.values()]  # type: ignore[attr-defined]
+    found = [line.strip() for text in texts for line in re.findall(r"^ +(sqcompile .*)$", text, flags=re.M)]
+    return [line for line in dict.fromkeys(found) if "…" not in line]
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_lines_are_valid(line: str) -> None:
+    _, name, *arguments = shlex.split(line, comments=True)
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    context = command.make_context(name, list(arguments))  # an unknown option raises
+    for text in context.params.get("passes") or ():
+        if "replace-silu" not in text:  # the reader's own
+            parse_pipeline(text)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```|^    .*?$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -80,6 +102,21 @@ def test_generated_pages_are_current() -> None:
     make_docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_docs)
     assert make_docs.stale_pages() == [], "run: python tools/make_docs.py"
+
+
+def test_the_layout_in_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    layout = text.partition("## The parts")[2].partition("The three folders")[0]
+    folder = ROOT
+    for line in layout.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if not name.endswith(("/", ".py")):
+            continue
+        if line.startswith("    ") and not line.startswith("      "):
+            folder = ROOT / name
+            assert folder.is_dir(), name
+        else:
+            assert (folder / name).exists(), f"{folder.name}/{name}"
 
 
 def test_every_page_is_linked_from_another() -> None:
