@@ -58,6 +58,7 @@ def qgemm(
     low: float,
     high: float,
     c: NDArray[np.float32],
+    repeat: int = 1,
 ) -> str: ...
 def q4gemm_packed_bytes(n: int, k: int, group: int) -> int: ...
 def q4gemm_scratch_bytes(m: int, k: int, group: int) -> int: ...
@@ -79,6 +80,7 @@ def q4gemm(
     high: float,
     c: NDArray[np.float32],
     scratch: NDArray[np.uint8],
+    repeat: int = 1,
 ) -> str: ...
 
 VALUE_SLACK: int
@@ -109,6 +111,7 @@ def qsparse(
     high: float,
     c: NDArray[np.float32],
     scratch: NDArray[np.uint8],
+    repeat: int = 1,
 ) -> str: ...
 def q4sparse_mask_count(n: int, k: int, group: int) -> int: ...
 def q4sparse_value_bytes(keep: NDArray[np.uint8], group: int) -> int: ...
@@ -138,4 +141,43 @@ def q4sparse(
     high: float,
     c: NDArray[np.float32],
     scratch: NDArray[np.uint8],
+    repeat: int = 1,
 ) -> str: ...
+def qblock_start_count(n: int, k: int, block_outputs: int, chunk: int) -> int: ...
+def qblock_interleaved_bytes(m: int, k: int) -> int: ...
+def qblock_sum_count(n: int) -> int: ...
+def qblock_count(b: NDArray[np.int8], block_outputs: int) -> int: ...
+def qblock_pack(
+    b: NDArray[np.int8],
+    block_outputs: int,
+    chunk: int,
+    index: NDArray[np.uint8],
+    values: NDArray[np.int8],
+    start: NDArray[np.uint64],
+    blocks_before: NDArray[np.uint64],
+    sum: NDArray[np.int32],
+) -> None: ...
+def qblock(
+    pool: ThreadPool,
+    isa: str | None,
+    k: int,
+    a: NDArray[np.uint8],
+    a_scale: NDArray[np.float32],
+    a_zero: NDArray[np.int32],
+    block_outputs: int,
+    chunk: int,
+    index: NDArray[np.uint8],
+    values: NDArray[np.int8],
+    start: NDArray[np.uint64],
+    blocks_before: NDArray[np.uint64],
+    b_sum: NDArray[np.int32],
+    b_scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    low: float,
+    high: float,
+    c: NDArray[np.float32],
+    interleaved: NDArray[np.uint8],
+    sums: NDArray[np.int32],
+) -> str: ...
+def read_memory(pool: ThreadPool, isa: str | None, data: NDArray[np.uint8]) -> str: ...
+def multiply_registers(pool: ThreadPool, isa: str | None, steps: int) -> int: ...

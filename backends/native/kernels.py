@@ -23,6 +23,7 @@ from sqcompile.backends.native._native import ThreadPool
 from sqcompile.errors import BackendError, FormatError, InputError, did_you_mean
 
 __all__ = [
+    "BlockSparseInt8Weight",
     "Int4Weight",
     "Int8Weight",
     "KernelInfo",
@@ -31,10 +32,12 @@ __all__ = [
     "SparseInt8Weight",
     "ThreadPool",
     "available_isas",
+    "block_sparse_int8_matmul",
     "default_isa",
     "int4_matmul",
     "int8_matmul",
     "list_kernels",
+    "pack_block_sparse_int8",
     "pack_int4",
     "pack_int8",
     "pack_sparse_int4",
@@ -44,6 +47,10 @@ __all__ = [
     "sparse_int4_matmul",
     "sparse_int8_matmul",
 ]
+
+# A chunk of 128 units of 4 k, for 64 rows of activations, is 32 KiB, the L1 cache of most CPUs. On Zen 4 the
+# speeds of 64, 96, 128 and 256 relate as 0.88 : 0.98 : 1 : 0.74 (1x4 blocks, 75 %, K = 2048).
+BLOCK_CHUNK = 128
 
 PANEL = 16  # outputs that are stored and computed together
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -158,6 +165,30 @@ class SparseInt4Weight:
     def size_bytes(self) -> int:
         """Bytes that a product reads, beside the activations."""
         return _size_bytes(self.masks, self.values, self.value_start, self.table, self.scale, self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparseInt8Weight:
+    """The blocks of an int8 matrix [N, K] that are not zero, in the order of qblock.h."""
+
+    n: int
+    k: int
+    block_outputs: int
+    chunk: int
+    index: NDArray[np.uint8]
+    values: NDArray[np.int8]
+    start: NDArray[np.uint64]
+    blocks_before: NDArray[np.uint64]
+    sum: NDArray[np.int32]
+    scale: Floats
+    bias: Floats | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that a product reads, beside the activations."""
+        return _size_bytes(
+            self.index, self.values, self.start, self.blocks_before, self.sum, self.scale, self.bias
+        )
 
 
 def list_kernels() -> list[KernelInfo]:
@@ -530,6 +561,90 @@ def sparse_int4_matmul(
         high,
         out,
         _int4_scratch(pool, len(a.codes), weight.k, weight.group_size),
+    )
+    return out
+
+
+def pack_block_sparse_int8(
+    weight: NDArray[np.int8], scale: Floats, block_outputs: int, bias: Floats | None = None
+) -> BlockSparseInt8Weight:
+    """Pack the blocks of `block_outputs` x 4 entries that are not zero, for `block_sparse_int8_matmul`.
+
+    Shapes: weight [N, K]; scale [N]; bias [N].
+
+    Raises:
+        InputError: A shape or dtype is wrong.
+        FormatError: A block has other than 1, 4 or 16 outputs.
+    """
+    weight = _matrix(weight, np.int8, "weight")
+    if block_outputs not in (1, 4, 16):
+        raise FormatError("a block has 1, 4 or 16 outputs", seen=block_outputs)
+    n, k = weight.shape
+    count = _native.qblock_count(weight, block_outputs)
+    index = _allocate(count, np.uint8)
+    values = _allocate(count * block_outputs * 4, np.int8)
+    start = _allocate(_native.qblock_start_count(n, k, block_outputs, BLOCK_CHUNK), np.uint64)
+    before = _allocate(_panels(n) // PANEL + 1, np.uint64)
+    sums = _allocate(_panels(n), np.int32)
+    _run(_native.qblock_pack, weight, block_outputs, BLOCK_CHUNK, index, values, start, before, sums)
+    return BlockSparseInt8Weight(
+        n=n,
+        k=k,
+        block_outputs=block_outputs,
+        chunk=BLOCK_CHUNK,
+        index=index,
+        values=values,
+        start=start,
+        blocks_before=before,
+        sum=sums,
+        scale=_by_output(scale, n, "scale"),
+        bias=_optional_bias(bias, n),
+    )
+
+
+def block_sparse_int8_matmul(
+    a: QuantizedRows,
+    weight: BlockSparseInt8Weight,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    out: Floats | None = None,
+    isa: str | None = None,
+    pool: ThreadPool | None = None,
+) -> Floats:
+    """Multiply as `int8_matmul` does on the dense weight, bit for bit, skipping blocks of zeros.
+
+    Made for many rows: sixteen take the time of one.
+
+    Shapes: a [M, K]; weight [N, K]; result [M, N].
+
+    Raises:
+        InputError: The activations are signed, have group scales, or another K than the weight.
+    """
+    _check_int8_rows(a, weight.k)
+    out = _output(out, len(a.codes), weight.n)
+    _run(
+        _native.qblock,
+        pool or ThreadPool(1),
+        isa,
+        weight.k,
+        a.codes,
+        a.scale,
+        a.zero_point,
+        weight.block_outputs,
+        weight.chunk,
+        weight.index,
+        weight.values,
+        weight.start,
+        weight.blocks_before,
+        weight.sum,
+        weight.scale,
+        weight.bias,
+        low,
+        high,
+        out,
+        _allocate(_native.qblock_interleaved_bytes(len(a.codes), weight.k), np.uint8),
+        _allocate(_native.qblock_sum_count(weight.n), np.int32),
     )
     return out
 

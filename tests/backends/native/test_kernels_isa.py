@@ -29,7 +29,8 @@ def test_each_family_lists_its_kernels_best_first_and_ends_with_scalar() -> None
     by_family: dict[str, list[kernels.KernelInfo]] = {}
     for kernel in kernels.list_kernels():
         by_family.setdefault(kernel.family, []).append(kernel)
-    assert {"quantize", "qgemm", "q4gemm", "qsparse", "q4sparse"} <= set(by_family)
+    families = {"machine", "quantize", "qgemm", "q4gemm", "qsparse", "q4sparse", "qblock"}
+    assert families <= set(by_family)
     for family, lines in by_family.items():
         assert lines[-1].isa == "scalar" and lines[-1].available, family
         assert len({line.isa for line in lines}) == len(lines), family

@@ -65,6 +65,28 @@ def test_sparse_int4_equals_dense_with_a_code_for_zero(m: int, sparsity: float) 
                 assert same_bits(kernels.sparse_int4_matmul(rows, packed, isa=isa), expected)
 
 
+def block_matrix(seed: int, n: int, k: int, outputs: int, sparsity: float) -> NDArray[np.int8]:
+    generator = np.random.default_rng(seed)
+    weight = generator.integers(-128, 128, (n, k), np.int8)
+    zero = generator.random((-(-n // outputs), -(-k // 4))) < sparsity
+    weight[zero.repeat(outputs, axis=0).repeat(4, axis=1)[:n, :k]] = 0
+    return weight
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("outputs", [1, 4, 16])
+def test_block_sparse_int8_equals_dense(outputs: int, sparsity: float) -> None:
+    for m, n, k in [(1, 1, 1), (15, 15, 4), (16, 16, 63), (17, 17, 64), (65, 40, 130), (70, 33, 1100)]:
+        weight = block_matrix(m, n, k, outputs, sparsity)
+        scale = np.random.default_rng(n).uniform(0.01, 0.1, n).astype(np.float32)
+        bias = np.random.default_rng(k).normal(size=n).astype(np.float32)
+        rows = kernels.quantize_rows(rows_of(k, m, k), mode="affine", signed=False)
+        expected = kernels.int8_matmul(rows, kernels.pack_int8(weight, scale, bias))
+        packed = kernels.pack_block_sparse_int8(weight, scale, outputs, bias)
+        for isa in ISAS:
+            assert same_bits(kernels.block_sparse_int8_matmul(rows, packed, isa=isa), expected)
+
+
 def test_two_of_four() -> None:
     weight = np.random.default_rng(1).integers(1, 128, (48, 96), np.int8)
     weight.reshape(48, 24, 4)[:, :, [1, 3]] = 0
@@ -97,6 +119,8 @@ def test_empty_products(isa: str, m: int, n: int, k: int) -> None:
     int8 = kernels.pack_sparse_int8(np.zeros((n, k), np.int8), bias, bias)
     rows = kernels.quantize_rows(x, signed=False, isa=isa)
     assert np.array_equal(kernels.sparse_int8_matmul(rows, int8, isa=isa), ones)
+    blocks = kernels.pack_block_sparse_int8(np.zeros((n, k), np.int8), bias, 4, bias)
+    assert np.array_equal(kernels.block_sparse_int8_matmul(rows, blocks, isa=isa), ones)
     int4 = kernels.pack_sparse_int4(
         np.zeros((n, k), np.uint8),
         np.zeros((n, k), np.bool_),
@@ -116,6 +140,7 @@ def test_threads_do_not_change_a_bit() -> None:
     int4 = kernels.pack_sparse_int4(
         (weight & 15).astype(np.uint8), weight != 0, NF4, np.ones((200, 5), np.float32), 64
     )
+    blocks = kernels.pack_block_sparse_int8(block_matrix(4, 200, 320, 1, 0.7), np.ones(200, np.float32), 1)
     for m in (1, 9):
         unsigned = kernels.quantize_rows(rows_of(5, m, 320), signed=False)
         signed = kernels.quantize_rows(rows_of(5, m, 320), sum_group_size=64)
@@ -124,6 +149,10 @@ def test_threads_do_not_change_a_bit() -> None:
             pool = kernels.ThreadPool(threads)
             assert same_bits(kernels.sparse_int8_matmul(unsigned, int8, pool=pool), alone8)
             assert same_bits(kernels.sparse_int4_matmul(signed, int4, pool=pool), alone4)
+            assert same_bits(
+                kernels.block_sparse_int8_matmul(unsigned, blocks, pool=pool),
+                kernels.block_sparse_int8_matmul(unsigned, blocks),
+            )
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -138,6 +167,8 @@ def test_what_does_not_fit_is_refused() -> None:
     int8 = kernels.pack_sparse_int8(np.ones((4, 64), np.int8), np.ones(4, np.float32))
     with pytest.raises(InputError, match="unsigned"):
         kernels.sparse_int8_matmul(kernels.quantize_rows(rows_of(6, 1, 64)), int8)
+    with pytest.raises(FormatError, match="1, 4 or 16"):
+        kernels.pack_block_sparse_int8(np.ones((4, 64), np.int8), np.ones(4, np.float32), 2)
     int4 = kernels.pack_sparse_int4(codes, keep, NF4, scale, 32)
     with pytest.raises(InputError, match="sum for each group"):
         kernels.sparse_int4_matmul(kernels.quantize_rows(rows_of(6, 1, 64)), int4)

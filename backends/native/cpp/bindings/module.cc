@@ -19,8 +19,10 @@
 #include "base/cpu.h"
 #include "base/isa.h"
 #include "base/thread_pool.h"
+#include "kernels/machine/machine.h"
 #include "kernels/q4gemm/q4gemm.h"
 #include "kernels/q4sparse/q4sparse.h"
+#include "kernels/qblock/qblock.h"
 #include "kernels/qgemm/qgemm.h"
 #include "kernels/qsparse/qsparse.h"
 #include "kernels/quantize/quantize.h"
@@ -123,11 +125,13 @@ nb::list kernel_list(Span<const Kernel<Function>> kernels) {
 
 nb::dict kernels() {
   nb::dict result;
+  result["machine"] = kernel_list(sqc::machine_kernels());
   result["quantize"] = kernel_list(sqc::quantize_kernels());
   result["qgemm"] = kernel_list(sqc::qgemm_kernels());
   result["q4gemm"] = kernel_list(sqc::q4gemm_kernels());
   result["qsparse"] = kernel_list(sqc::qsparse_kernels());
   result["q4sparse"] = kernel_list(sqc::q4sparse_kernels());
+  result["qblock"] = kernel_list(sqc::qblock_kernels());
   return result;
 }
 
@@ -191,6 +195,8 @@ void qgemm_pack(Matrix<const std::int8_t> b, Vector<std::int8_t> packed, Vector<
   raise_unless_ok(sqc::qgemm_pack(n, k, b.data(), packed.data(), sum.data()));
 }
 
+// `repeat` runs a product several times: one call from Python takes longer than a small product.
+
 // What the products over 8-bit weights share; b is left null.
 sqc::QgemmParams qgemm_params(std::int64_t k, Matrix<const std::uint8_t> a, Vector<const float> a_scale,
                               Vector<const std::int32_t> a_zero, Vector<const std::int32_t> b_sum,
@@ -225,13 +231,13 @@ sqc::QgemmParams qgemm_params(std::int64_t k, Matrix<const std::uint8_t> a, Vect
 std::string qgemm(ThreadPool& pool, const std::optional<std::string>& isa, std::int64_t k, Matrix<const std::uint8_t> a,
                   Vector<const float> a_scale, Vector<const std::int32_t> a_zero, Vector<const std::int8_t> b,
                   Vector<const std::int32_t> b_sum, Vector<const float> b_scale, std::optional<Vector<const float>> bias,
-                  float low, float high, Matrix<float> c) {
+                  float low, float high, Matrix<float> c, int repeat) {
   sqc::QgemmParams params = qgemm_params(k, a, a_scale, a_zero, b_sum, b_scale, bias, low, high, c);
   require(size_of(b) >= sqc::qgemm_packed_bytes(params.n, k), "b is too short");
   params.b = b.data();
   const auto& kernel = sqc::qgemm_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
-  raise_unless_ok(sqc::qgemm(pool, kernel, params));
+  for (int i = 0; i < repeat; ++i) raise_unless_ok(sqc::qgemm(pool, kernel, params));
   return kernel.name;
 }
 
@@ -252,7 +258,7 @@ std::string qsparse(ThreadPool& pool, const std::optional<std::string>& isa, std
                     Vector<const std::uint64_t> masks, Vector<const std::uint8_t> values,
                     Vector<const std::uint64_t> value_start, Vector<const std::int32_t> b_sum,
                     Vector<const float> b_scale, std::optional<Vector<const float>> bias, float low, float high,
-                    Matrix<float> c, Vector<std::uint8_t> scratch) {
+                    Matrix<float> c, Vector<std::uint8_t> scratch, int repeat) {
   const sqc::QsparseParams params = {qgemm_params(k, a, a_scale, a_zero, b_sum, b_scale, bias, low, high, c),
                                      masks.data(), values.data(), value_start.data()};
   const std::int64_t panels = (params.dense.n + 15) / 16;
@@ -263,7 +269,7 @@ std::string qsparse(ThreadPool& pool, const std::optional<std::string>& isa, std
   require(size_of(scratch) >= pool.threads() * sqc::qsparse_scratch_bytes(params.dense.m, k), "scratch is too short");
   const auto& kernel = sqc::qsparse_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
-  raise_unless_ok(sqc::qsparse(pool, kernel, params, scratch.data()));
+  for (int i = 0; i < repeat; ++i) raise_unless_ok(sqc::qsparse(pool, kernel, params, scratch.data()));
   return kernel.name;
 }
 
@@ -318,7 +324,7 @@ std::string q4gemm(ThreadPool& pool, const std::optional<std::string>& isa, std:
                    Matrix<const std::int8_t> a, Matrix<const std::int32_t> a_sum, Vector<const float> a_scale,
                    Vector<const std::uint8_t> b, Vector<const std::int8_t> table, Vector<const std::uint16_t> b_scale,
                    std::optional<Vector<const std::int8_t>> b_zero, std::optional<Vector<const float>> bias, float low,
-                   float high, Matrix<float> c, Vector<std::uint8_t> scratch) {
+                   float high, Matrix<float> c, Vector<std::uint8_t> scratch, int repeat) {
   sqc::Q4gemmParams params =
       q4gemm_params(pool, k, group, a, a_sum, a_scale, table, b_scale, bias, low, high, c, scratch);
   const std::int64_t entries = (params.n + 15) / 16 * 16 * ((k + group - 1) / group);
@@ -328,7 +334,7 @@ std::string q4gemm(ThreadPool& pool, const std::optional<std::string>& isa, std:
   params.b_zero = data_or_null(b_zero);
   const auto& kernel = sqc::q4gemm_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
-  raise_unless_ok(sqc::q4gemm(pool, kernel, params, scratch.data()));
+  for (int i = 0; i < repeat; ++i) raise_unless_ok(sqc::q4gemm(pool, kernel, params, scratch.data()));
   return kernel.name;
 }
 
@@ -355,7 +361,7 @@ std::string q4sparse(ThreadPool& pool, const std::optional<std::string>& isa, st
                      Vector<const std::uint64_t> masks, Vector<const std::uint8_t> values,
                      Vector<const std::uint64_t> value_start, Vector<const std::int8_t> table,
                      Vector<const std::uint16_t> b_scale, std::optional<Vector<const float>> bias, float low,
-                     float high, Matrix<float> c, Vector<std::uint8_t> scratch) {
+                     float high, Matrix<float> c, Vector<std::uint8_t> scratch, int repeat) {
   const sqc::Q4sparseParams params = {
       q4gemm_params(pool, k, group, a, a_sum, a_scale, table, b_scale, bias, low, high, c, scratch), masks.data(),
       values.data(), value_start.data()};
@@ -366,8 +372,73 @@ std::string q4sparse(ThreadPool& pool, const std::optional<std::string>& isa, st
           "values is too short");
   const auto& kernel = sqc::q4sparse_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
-  raise_unless_ok(sqc::q4sparse(pool, kernel, params, scratch.data()));
+  for (int i = 0; i < repeat; ++i) raise_unless_ok(sqc::q4sparse(pool, kernel, params, scratch.data()));
   return kernel.name;
+}
+
+std::int64_t qblock_count(Matrix<const std::int8_t> b, std::int64_t block_outputs) {
+  require(block_outputs == 1 || block_outputs == 4 || block_outputs == 16, "a block has 1, 4 or 16 outputs");
+  return sqc::qblock_count(static_cast<std::int64_t>(b.shape(0)), static_cast<std::int64_t>(b.shape(1)), block_outputs,
+                           b.data());
+}
+
+void qblock_pack(Matrix<const std::int8_t> b, std::int64_t block_outputs, std::int64_t chunk,
+                 Vector<std::uint8_t> index, Vector<std::int8_t> values, Vector<std::uint64_t> start,
+                 Vector<std::uint64_t> blocks_before, Vector<std::int32_t> sum) {
+  const auto n = static_cast<std::int64_t>(b.shape(0)), k = static_cast<std::int64_t>(b.shape(1));
+  const std::int64_t count = qblock_count(b, block_outputs);
+  require(chunk > 0 && size_of(start) >= sqc::qblock_start_count(n, k, block_outputs, chunk), "start is too short");
+  require(size_of(index) >= count && size_of(values) >= count * block_outputs * 4, "index or values is too short");
+  require(size_of(blocks_before) >= (n + 15) / 16 + 1, "blocks_before is too short");
+  require(size_of(sum) >= (n + 15) / 16 * 16, "sum is too short");
+  const nb::gil_scoped_release release;
+  raise_unless_ok(sqc::qblock_pack(n, k, block_outputs, chunk, b.data(), index.data(), values.data(), start.data(),
+                                   blocks_before.data(), sum.data()));
+}
+
+std::string qblock(ThreadPool& pool, const std::optional<std::string>& isa, std::int64_t k, Matrix<const std::uint8_t> a,
+                   Vector<const float> a_scale, Vector<const std::int32_t> a_zero, std::int64_t block_outputs,
+                   std::int64_t chunk, Vector<const std::uint8_t> index, Vector<const std::int8_t> values,
+                   Vector<const std::uint64_t> start, Vector<const std::uint64_t> blocks_before,
+                   Vector<const std::int32_t> b_sum, Vector<const float> b_scale,
+                   std::optional<Vector<const float>> bias, float low, float high, Matrix<float> c,
+                   Vector<std::uint8_t> interleaved, Vector<std::int32_t> sums) {
+  const sqc::QblockParams params = {qgemm_params(k, a, a_scale, a_zero, b_sum, b_scale, bias, low, high, c),
+                                    block_outputs,
+                                    chunk,
+                                    index.data(),
+                                    values.data(),
+                                    start.data(),
+                                    blocks_before.data(),
+                                    interleaved.data()};
+  const std::int64_t n = params.dense.n;
+  require(block_outputs > 0 && chunk > 0, "block_outputs or chunk is not positive");
+  const std::int64_t starts = sqc::qblock_start_count(n, k, block_outputs, chunk);
+  require(size_of(start) >= starts, "start is too short");
+  const auto count = static_cast<std::int64_t>(start.data()[starts - 1]);
+  require(size_of(index) >= count && size_of(values) >= count * block_outputs * 4, "index or values is too short");
+  require(size_of(blocks_before) >= (n + 15) / 16 + 1, "blocks_before is too short");
+  require(size_of(interleaved) >= sqc::qblock_interleaved_bytes(params.dense.m, k), "interleaved is too short");
+  require(size_of(sums) >= sqc::qblock_sum_count(n), "sums is too short");
+  const auto& kernel = sqc::qblock_kernel(isa_called(isa));
+  const nb::gil_scoped_release release;
+  raise_unless_ok(sqc::qblock(pool, kernel, params, sums.data()));
+  return kernel.name;
+}
+
+std::string read_memory(ThreadPool& pool, const std::optional<std::string>& isa, Vector<const std::uint8_t> data) {
+  const auto& kernel = sqc::machine_kernel(isa_called(isa));
+  const nb::gil_scoped_release release;
+  raise_unless_ok(sqc::machine(pool, kernel, {sqc::MachineWork::read, data.data()}, size_of(data) / 512));
+  return kernel.name;
+}
+
+std::int64_t multiply_registers(ThreadPool& pool, const std::optional<std::string>& isa, std::int64_t steps) {
+  const std::uint8_t start[64] = {1, 2, 3};
+  const auto& kernel = sqc::machine_kernel(isa_called(isa));
+  const nb::gil_scoped_release release;
+  raise_unless_ok(sqc::machine(pool, kernel, {sqc::MachineWork::multiply, start}, steps));
+  return steps * sqc::kMachineStepMacs * 2 * pool.threads();
 }
 
 }  // namespace
@@ -394,21 +465,21 @@ NB_MODULE(_native, m) {
   m.def("qgemm_pack", &qgemm_pack, nb::arg("b"), nb::arg("packed"), nb::arg("sum"));
   m.def("qgemm", &qgemm, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("a"), nb::arg("a_scale"),
         nb::arg("a_zero"), nb::arg("b"), nb::arg("b_sum"), nb::arg("b_scale"), nb::arg("bias").none(), nb::arg("low"),
-        nb::arg("high"), nb::arg("c"));
+        nb::arg("high"), nb::arg("c"), nb::arg("repeat") = 1);
   m.def("q4gemm_packed_bytes", &sqc::q4gemm_packed_bytes, nb::arg("n"), nb::arg("k"), nb::arg("group"));
   m.def("q4gemm_scratch_bytes", &sqc::q4gemm_scratch_bytes, nb::arg("m"), nb::arg("k"), nb::arg("group"));
   m.def("q4gemm_pack", &q4gemm_pack, nb::arg("codes"), nb::arg("group"), nb::arg("packed"));
   m.def("q4gemm", &q4gemm, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("group"), nb::arg("a"),
         nb::arg("a_sum"), nb::arg("a_scale"), nb::arg("b"), nb::arg("table"), nb::arg("b_scale"),
         nb::arg("b_zero").none(), nb::arg("bias").none(), nb::arg("low"), nb::arg("high"), nb::arg("c"),
-        nb::arg("scratch"));
+        nb::arg("scratch"), nb::arg("repeat") = 1);
   m.def("qsparse_mask_count", &sqc::qsparse_mask_count, nb::arg("n"), nb::arg("k"));
   m.def("qsparse_scratch_bytes", &sqc::qsparse_scratch_bytes, nb::arg("m"), nb::arg("k"));
   m.def("qsparse_pack", &qsparse_pack, nb::arg("b"), nb::arg("masks"), nb::arg("values"), nb::arg("value_start"),
         nb::arg("sum"));
   m.def("qsparse", &qsparse, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("a"), nb::arg("a_scale"),
         nb::arg("a_zero"), nb::arg("masks"), nb::arg("values"), nb::arg("value_start"), nb::arg("b_sum"),
-        nb::arg("b_scale"), nb::arg("bias").none(), nb::arg("low"), nb::arg("high"), nb::arg("c"), nb::arg("scratch"));
+        nb::arg("b_scale"), nb::arg("bias").none(), nb::arg("low"), nb::arg("high"), nb::arg("c"), nb::arg("scratch"), nb::arg("repeat") = 1);
   m.def("q4sparse_mask_count", &sqc::q4sparse_mask_count, nb::arg("n"), nb::arg("k"), nb::arg("group"));
   m.def("q4sparse_value_bytes", &q4sparse_value_bytes, nb::arg("keep"), nb::arg("group"));
   m.def("q4sparse_pack", &q4sparse_pack, nb::arg("codes"), nb::arg("keep"), nb::arg("group"), nb::arg("masks"),
@@ -416,6 +487,21 @@ NB_MODULE(_native, m) {
   m.def("q4sparse", &q4sparse, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("group"), nb::arg("a"),
         nb::arg("a_sum"), nb::arg("a_scale"), nb::arg("masks"), nb::arg("values"), nb::arg("value_start"),
         nb::arg("table"), nb::arg("b_scale"), nb::arg("bias").none(), nb::arg("low"), nb::arg("high"), nb::arg("c"),
-        nb::arg("scratch"));
+        nb::arg("scratch"), nb::arg("repeat") = 1);
   m.attr("VALUE_SLACK") = sqc::kQsparseValueSlack;
+  m.def("qblock_start_count", &sqc::qblock_start_count, nb::arg("n"), nb::arg("k"), nb::arg("block_outputs"),
+        nb::arg("chunk"));
+  m.def("qblock_interleaved_bytes", &sqc::qblock_interleaved_bytes, nb::arg("m"), nb::arg("k"));
+  m.def("qblock_sum_count", &sqc::qblock_sum_count, nb::arg("n"));
+  m.def("qblock_count", &qblock_count, nb::arg("b"), nb::arg("block_outputs"));
+  m.def("qblock_pack", &qblock_pack, nb::arg("b"), nb::arg("block_outputs"), nb::arg("chunk"), nb::arg("index"),
+        nb::arg("values"), nb::arg("start"), nb::arg("blocks_before"), nb::arg("sum"));
+  m.def("qblock", &qblock, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("a"), nb::arg("a_scale"),
+        nb::arg("a_zero"), nb::arg("block_outputs"), nb::arg("chunk"), nb::arg("index"), nb::arg("values"),
+        nb::arg("start"), nb::arg("blocks_before"), nb::arg("b_sum"), nb::arg("b_scale"), nb::arg("bias").none(),
+        nb::arg("low"), nb::arg("high"), nb::arg("c"), nb::arg("interleaved"), nb::arg("sums"));
+  m.def("read_memory", &read_memory, nb::arg("pool"), nb::arg("isa").none(), nb::arg("data"),
+        "Reads whole units of 512 bytes once; the name of the kernel.");
+  m.def("multiply_registers", &multiply_registers, nb::arg("pool"), nb::arg("isa").none(), nb::arg("steps"),
+        "Runs dot products on registers on every thread; the operations done, two a multiply-add.");
 }

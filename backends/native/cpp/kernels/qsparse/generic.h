@@ -10,6 +10,9 @@ namespace sqc {
 namespace {
 
 // Few rows: a tile is expanded in registers and used by all of them. Unroll independent sums a row.
+//
+// No software prefetch: 0.5, 1, 2 and 4 KiB ahead on masks and values gained nothing on Zen 4 (one core,
+// 35-41 G weights/s at 50 % with any of them and without).
 template <class S, int Rows, int Unroll>
 static void sparse_gemv_panel(const QsparseParams& s, std::int64_t panel) {
   const QgemmParams& p = s.dense;

@@ -131,6 +131,25 @@ struct Simd {
   }
   static SQC_INLINE Acc dot_us(Acc acc, Act a, const Tile& t) { return dot(acc, a.v, t); }
 
+  // Sixteen rows of a, 4 k each, times 4 weights of one output.
+  using RowTile = Tile;
+  using Weight4 = Act;
+  static SQC_INLINE RowTile load_row_tile(const std::uint8_t* p) {
+    RowTile t;
+    for (int i = 0; i < 4; ++i) t.v[i] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + 16 * i), vdupq_n_u8(128)));
+    return t;
+  }
+  static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) { return {broadcast4(p)}; }
+  static SQC_INLINE Acc dot_row_tile(Acc acc, const RowTile& t, Weight4 w) { return dot(acc, w.v, t); }
+  static SQC_INLINE void transpose(I32* rows) {
+    std::int32_t from[16][16], to[16][16];
+    for (int i = 0; i < 16; ++i) store_i(from[i], rows[i]);
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
+    }
+    for (int i = 0; i < 16; ++i) rows[i] = load_i(to[i]);
+  }
+
   using AccT = I32;
   using ActS = Act;
   using TileT = Tile;

@@ -149,6 +149,33 @@ struct Simd {
   }
   static SQC_INLINE Acc dot_us(Acc acc, const Act& a, const Tile& t) { return dot(acc, a, t); }
 
+  // Sixteen rows of a, 4 k each, times 4 weights of one output.
+  struct RowTile {
+    std::uint8_t v[64];
+  };
+  using Weight4 = Act;
+  static SQC_INLINE RowTile load_row_tile(const std::uint8_t* p) {
+    RowTile t;
+    std::memcpy(t.v, p, sizeof t.v);
+    return t;
+  }
+  static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static SQC_INLINE Acc dot_row_tile(Acc acc, const RowTile& t, const Weight4& w) {
+    return each_i([&](int i) {
+      const std::uint8_t* a = t.v + 4 * i;
+      return wrap(bits(acc.v[i]) + bits(a[0] * w.v[0] + a[1] * w.v[1] + a[2] * w.v[2] + a[3] * w.v[3]));
+    });
+  }
+  static SQC_INLINE void transpose(I32* rows) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const std::int32_t x = rows[i].v[j];
+        rows[i].v[j] = rows[j].v[i];
+        rows[j].v[i] = x;
+      }
+    }
+  }
+
   using AccT = I32;
   using ActS = Act;
   using TileT = Tile;

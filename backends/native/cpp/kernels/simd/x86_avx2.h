@@ -143,6 +143,27 @@ struct Simd {
              _mm256_add_epi32(acc.v[3], _mm256_madd_epi16(t.v[3], a.v))}};
   }
 
+  // Sixteen rows of a, 4 k each, times 4 weights of one output.
+  using RowTile = Tile;
+  using Weight4 = Act;
+  static SQC_INLINE RowTile load_row_tile(const std::uint8_t* p) {
+    return {{_mm256_cvtepu8_epi16(load128(p)), _mm256_cvtepu8_epi16(load128(p + 16)),
+             _mm256_cvtepu8_epi16(load128(p + 32)), _mm256_cvtepu8_epi16(load128(p + 48))}};
+  }
+  static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) {
+    return {_mm256_cvtepi8_epi16(_mm_set1_epi32(load32(p)))};
+  }
+  static SQC_INLINE Acc dot_row_tile(Acc acc, const RowTile& t, Weight4 w) { return dot_us(acc, w, t); }
+  // By way of memory: a product ends with one of these for 256 sums, each a sum over all of k.
+  static SQC_INLINE void transpose(I32* rows) {
+    std::int32_t from[16][16], to[16][16];
+    for (int i = 0; i < 16; ++i) store_i(from[i], rows[i]);
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) to[j][i] = from[i][j];
+    }
+    for (int i = 0; i < 16; ++i) rows[i] = load_i(to[i]);
+  }
+
   using AccT = I32;
   struct ActS {
     __m256i value, magnitude;

@@ -78,6 +78,37 @@ struct Simd {
   static SQC_INLINE Tile load_tile(const std::int8_t* p) { return _mm512_loadu_si512(p); }
   static SQC_INLINE Acc dot_us(Acc acc, Act a, Tile t) { return _mm512_dpbusd_epi32(acc, a, t); }
 
+  // Sixteen rows of a, 4 k each, times 4 weights of one output.
+  using RowTile = __m512i;
+  using Weight4 = __m512i;
+  static SQC_INLINE RowTile load_row_tile(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+  static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) { return _mm512_set1_epi32(load32(p)); }
+  static SQC_INLINE Acc dot_row_tile(Acc acc, RowTile t, Weight4 w) { return _mm512_dpbusd_epi32(acc, t, w); }
+  // 16 x 16: within quarters of the registers, then the quarters.
+  static SQC_INLINE void transpose(I32* rows) {
+    I32 pairs[16], quads[16], halves[16];
+    SQC_UNROLL for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    SQC_UNROLL for (int i = 0; i < 16; i += 4) {
+      quads[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+      quads[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+      quads[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+      quads[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    SQC_UNROLL for (int i = 0; i < 4; ++i) {
+      halves[i] = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0x88);
+      halves[4 + i] = _mm512_shuffle_i32x4(quads[i], quads[4 + i], 0xdd);
+      halves[8 + i] = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0x88);
+      halves[12 + i] = _mm512_shuffle_i32x4(quads[8 + i], quads[12 + i], 0xdd);
+    }
+    SQC_UNROLL for (int i = 0; i < 8; ++i) {
+      rows[i] = _mm512_shuffle_i32x4(halves[i], halves[8 + i], 0x88);
+      rows[8 + i] = _mm512_shuffle_i32x4(halves[i], halves[8 + i], 0xdd);
+    }
+  }
+
   using AccT = __m512i;
   using ActS = __m512i;
   using TileT = __m512i;
