@@ -41,7 +41,7 @@ class FoldBatchNorm(Pass):
     """Fold inference batch norms into the convolution or linear before them, else into the one after.
 
     A folded batch norm costs nothing, and the layer's weight then is what it really multiplies with,
-    which pruning scores and quantization ranges should see.
+    which quantization ranges should see. Prune by magnitude before: see `MaskWeights`.
 
     Shapes: weight [O, I / groups, …], transposed [I, O / groups, …]; scale and shift [O] or [I].
     Rewrites: conv(x, w, b) -> batch_norm  ==>  conv(x, w · scale, b · scale + shift);

@@ -26,6 +26,10 @@ class MaskWeights(Pass):
     weights without gradient and without effect; `ApplyMasks` makes the zeros final. Pruning again only
     adds zeros, so sparsity may grow step by step.
 
+    Prune before `FoldBatchNorm`: a folded weight carries the scale of its channel, by which magnitudes
+    of different channels do not compare. ResNet-20 with half of its weights (99.6 % dense, no training):
+    96.9 % by layers and 97.4 % by a global threshold; pruned after folding 94.0 % and 63.2 %.
+
     Shapes: weight [O, I / groups, …]; its mask likewise, True where it is kept. Blocks and N:M groups
         lie in the weight as a matrix [O, Kh · Kw · I / groups], input channels fastest.
     Rewrites: layer(x, @weight)  ==>  layer(x, mask(@weight, @weight_mask)); a weight that several layers
