@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
 from sqcompile.calibration import Calibration, as_call, keep_iterator
-from sqcompile.compare import compare_layers
+from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
 from sqcompile.files import require_file
@@ -460,7 +460,7 @@ def _report(
 ) -> Report:
     outputs: Distance | None = None
     parity: Distance | None = None
-    layers: dict[str, Distance] = {}
+    layers: list[LayerDistance] = []
     if check_batch and verify != "off":
         with torch.no_grad():
             reference = [program.run(batch) for batch in check_batch]
@@ -468,7 +468,7 @@ def _report(
         outputs = output_distance(expected, reference)
         parity = output_distance(reference, [session.run(batch) for batch in check_batch])
         if records:
-            layers = {row.node: row.distance for row in compare_layers(original, program, check_batch)}
+            layers = compare_layers(original, program, check_batch)
     original_size: Size = program_size(original)
     return Report(
         model=name,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 
 from sqcompile.errors import Error
 from sqcompile.evaluate import run_watched
-from sqcompile.layers import layers_of
+from sqcompile.layers import Layer, layers_of
 from sqcompile.metrics import Distance, DistanceMeter, distance
 from sqcompile.program import Program
 from sqcompile.text import locate
@@ -29,12 +30,24 @@ class LayerDistance:
         node: Name of the node.
         place: Node, module path and source line.
         distance: Distance from the reference program's value at the same node.
+        before: The same of what the layer takes in, or None if that is an input or not known.
     """
 
     name: str
     node: str
     place: str
     distance: Distance
+    before: Distance | None = None
+
+    @property
+    def loss(self) -> float:
+        """Noise that the layer adds to what reaches it, as a share of its output's power.
+
+        The SQNR falls from layer to layer, as errors pile up; the loss is large where one is made.
+        """
+        if not self.distance.finite:
+            return math.inf if self.before is None or self.before.finite else 0.0
+        return max(0.0, self.distance.noise - (self.before.noise if self.before else 0.0))
 
 
 def compare_layers(
@@ -55,8 +68,31 @@ def compare_layers(
     Returns:
         One entry a layer, in graph order.
     """
-    names = {layer.node: layer.name for layer in layers_of(program)}
-    return _compare(reference, program, _counterparts(reference, names), names, batches)
+    layers = layers_of(program)
+    pairs = _counterparts(reference, program.compute_nodes())
+    feeding = {layer.node: _feeding(layer, pairs) for layer in layers}
+    watched = [*feeding, *feeding.values()]
+    meters: dict[fx.Node, DistanceMeter] = {}
+
+    def add(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
+        meters.setdefault(node, DistanceMeter()).add(right, value)
+
+    for batch in batches:
+        _meet(
+            reference,
+            program,
+            {node: pairs[node] for node in watched if node is not None and node in pairs},
+            batch,
+            add,
+        )
+    found: dict[fx.Node | None, Distance] = {node: meter.result() for node, meter in meters.items()}
+    return [
+        LayerDistance(
+            layer.name, layer.node.name, locate(layer.node), found[layer.node], found.get(feeding[layer.node])
+        )
+        for layer in layers
+        if layer.node in found
+    ]
 
 
 def first_jump(
@@ -100,25 +136,12 @@ def _counterparts(reference: Program, nodes: Iterable[fx.Node]) -> dict[fx.Node,
     return {node: other for node, other in pairs.items() if other is not None}
 
 
-def _compare(
-    reference: Program,
-    program: Program,
-    pairs: dict[fx.Node, fx.Node],
-    names: dict[fx.Node, str],
-    batches: Iterable[Sequence[Any]],
-) -> list[LayerDistance]:
-    meters: dict[fx.Node, DistanceMeter] = {}
-
-    def add(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
-        meters.setdefault(node, DistanceMeter()).add(right, value)
-
-    for batch in batches:
-        _meet(reference, program, pairs, batch, add)
-    return [
-        LayerDistance(names.get(node, node.name), node.name, locate(node), meters[node].result())
-        for node in pairs
-        if node in meters
-    ]
+def _feeding(layer: Layer, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    """Return the nearest value before a layer that the reference has too; quantization is the layer's own."""
+    node = layer.data
+    while node is not None and node not in pairs:
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return node
 
 
 def _meet(
@@ -150,7 +173,10 @@ def _meet(
 def _sample(value: torch.Tensor) -> torch.Tensor:
     flat = value.detach().reshape(-1)
     step = -(-flat.numel() // _SAMPLE)
-    return flat[::step].clone() if step > 1 else flat.clone()
+    # A step that shares a factor with the number of channels would never see some of them.
+    while step > 1 and math.gcd(step, flat.numel()) > 1:
+        step += 1
+    return flat[::step].clone()
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -28,6 +28,13 @@ class Distance:
     max_error: float
     finite: bool = True
 
+    @property
+    def noise(self) -> float:
+        """Power of the error as a share of the signal's: 0 if equal, 1 at 0 dB, inf if not finite."""
+        if not self.finite:
+            return math.inf
+        return 10 ** (-self.sqnr_db / 10) if self.sqnr_db > -3000 else math.inf
+
     def __str__(self) -> str:
         if not self.finite:
             return "not finite"

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from sqcompile.compare import LayerDistance
 from sqcompile.files import atomic_file
 from sqcompile.layers import Layer, layers_of
 from sqcompile.metrics import Distance
@@ -25,8 +26,8 @@ from sqcompile.statistics import Size, stored_bits, weight_zeros
 if TYPE_CHECKING:
     from rich.console import Console
 
-_UNDISTURBED_DB = 100.0
-"""Above it, a distance is the rounding of float32, and nobody is to blame."""
+_ROUNDING = 1e-10
+"""Noise (as a share of the signal: -100 dB) that is the rounding of float32, for which nobody is to blame."""
 
 _NEGLIGIBLE = 0.97
 """A compiled layer that needs more than this share of the dense time does not pay."""
@@ -48,6 +49,7 @@ class LayerRow:
         sparsity: Fraction of zeros.
         size_bytes: Bytes of the weight with scales and zero points.
         distance: Distance of the layer's output from the original's, or None if not measured.
+        loss: Noise that the layer adds to what reaches it, as a share of its output's power, or None.
         dense_ns: Time of the layer in the dense model on this machine, or None if not measured.
         compiled_ns: Time of the layer in the compiled model, or None if not measured.
     """
@@ -63,6 +65,7 @@ class LayerRow:
     sparsity: float
     size_bytes: int
     distance: Distance | None = None
+    loss: float | None = None
     dense_ns: float | None = None
     compiled_ns: float | None = None
 
@@ -140,25 +143,25 @@ class Report:
     environment: dict[str, str] = field(default_factory=dict)
 
     def worst_pass(self) -> PassRecord | None:
-        """Return the pass after which the SQNR fell most, or None if none lowered it."""
-        worst, drop, previous = None, 1.0, _UNDISTURBED_DB
+        """Return the pass that added most noise to the outputs, or None if none added any.
+
+        Noise adds up where decibels do not: a fall from 40 dB to 5 dB is a hundred times the harm of the
+        fall from infinity to 40 dB before it.
+        """
+        worst, most, before = None, _ROUNDING, 0.0
         for record in self.passes:
             if record.distance is None:
                 continue
-            now = min(record.distance.sqnr_db, _UNDISTURBED_DB)
-            if previous - now > drop:
-                worst, drop = record, previous - now
-            previous = now
+            added = record.distance.noise - before if math.isfinite(before) else 0.0
+            if added > most:
+                worst, most = record, added
+            before = record.distance.noise
         return worst
 
     def worst_layer(self) -> LayerRow | None:
-        """Return the layer whose output is furthest from the original's, or None if none was measured."""
-        rows = [
-            row
-            for row in self.layers
-            if row.distance is not None and -math.inf < row.distance.sqnr_db < _UNDISTURBED_DB
-        ]
-        return min(rows, key=lambda row: row.distance.sqnr_db) if rows else None  # type: ignore[union-attr]
+        """Return the layer that adds most noise to what reaches it, or None if none was measured."""
+        rows = [row for row in self.layers if row.loss is not None and row.loss > _ROUNDING]
+        return max(rows, key=lambda row: row.loss or 0.0) if rows else None
 
     def to_json(self) -> str:
         """Return the whole report as JSON text; infinite figures become null."""
@@ -192,17 +195,19 @@ class Report:
         return text
 
 
-def layer_rows(program: Program, distances: Mapping[str, Distance] | None = None) -> list[LayerRow]:
+def layer_rows(program: Program, measured: Iterable[LayerDistance] = ()) -> list[LayerRow]:
     """Describe every layer of a program.
 
     Args:
         program: The compiled program.
-        distances: Distance from the original, by node name.
+        measured: Distances of its layers from the original's.
     """
     bits = stored_bits(program)
+    distances = {row.node: row for row in measured}
     rows = []
     for layer in layers_of(program):
         stored = program.tensor(layer.weight)
+        found = distances.get(layer.node.name)
         rows.append(
             LayerRow(
                 name=layer.name,
@@ -215,7 +220,8 @@ def layer_rows(program: Program, distances: Mapping[str, Distance] | None = None
                 parameters=stored.numel(),
                 sparsity=weight_zeros(program, layer) / max(1, stored.numel()),
                 size_bytes=_layer_bytes(program, layer, bits),
-                distance=(distances or {}).get(layer.node.name),
+                distance=None if found is None else found.distance,
+                loss=None if found is None else found.loss,
             )
         )
     return rows

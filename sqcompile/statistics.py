@@ -50,7 +50,8 @@ def program_size(program: Program) -> Size:
     parameters = zeros = weights = total_bits = 0
     for name, tensor in program.tensors():
         total_bits += math.ceil(tensor.numel() * bits.get(name, _bits(tensor)) / 8) * 8
-        if name not in auxiliary:
+        # Beside weights there are tables of integers: positions, indices, what masks attention.
+        if name not in auxiliary and (tensor.is_floating_point() or name in bits):
             parameters += tensor.numel()
         if name in layers:
             weights += tensor.numel()
