@@ -142,7 +142,9 @@ def _arguments(node: fx.Node) -> str:
             value = node.args[index]
         elif parameter.name in node.kwargs:
             value = node.kwargs[parameter.name]
-        if value is _MISSING or _is_default(parameter, value):
+        # Our own operators take None for "no axis" and "no groups", which says nothing.
+        silent = value is None and target.namespace == "sqcompile"
+        if value is _MISSING or silent or _is_default(parameter, value):
             positional = False
             continue
         if positional and _holds_node(value):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -115,11 +114,11 @@ def _sink(edit: Rewriter, node: fx.Node) -> bool:
         return False
     codes = source.args[0]
     assert isinstance(codes, fx.Node)
-    parts = list(node.users) if isinstance(node.meta["val"], (list, tuple)) else [node]
-    if any(part is not node and part.target is not operator.getitem for part in parts):
+    parts = _parts(node)
+    if parts is None:
         return False
     if not _takes(node, codes):
-        return _requantize(edit, node, source) if parts == [node] else False
+        return any([_requantize(edit, part, source) for part in parts])
     if not _set_padding(edit, node, source):
         return False
     edit.set_argument(node, 0, codes)
@@ -181,6 +180,15 @@ def _merge(edit: Rewriter) -> bool:
             edit.replace(node, first)
             fired = True
     return fired
+
+
+def _parts(node: fx.Node) -> list[fx.Node] | None:
+    """Return the values that an operator makes out of its input's elements; None if not all are such."""
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return [node]
+    parts = [user for user in node.users if user.users]
+    # Of a pooling that also returns indices, only the first result holds elements.
+    return parts if all(origin(part) is origin(node) for part in parts) else None
 
 
 def _requantize(edit: Rewriter, node: fx.Node, source: fx.Node) -> bool:

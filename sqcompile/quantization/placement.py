@@ -255,12 +255,21 @@ def _before_moves(value: fx.Node) -> fx.Node:
 def _moved(node: fx.Node) -> fx.Node | None:
     """Return the value whose elements a node only moves, or None."""
     if node.target is operator.getitem:
-        owner = node.args[0]
-        return owner if isinstance(owner, fx.Node) and preserves_scale(owner) else None
+        owner, index = node.args
+        if not isinstance(owner, fx.Node) or not preserves_scale(owner):
+            return None
+        indices = _kind(owner) == "max_pool" and index != 0
+        return None if indices else owner
     if not preserves_scale(node):
         return None
     source = argument(node, 0)
     return source if isinstance(source, fx.Node) else None
+
+
+def _kind(node: fx.Node) -> str:
+    """Return the kind of a node's operator, empty if the operator table has none."""
+    entry = operator_of(node)
+    return "" if entry is None else entry.kind
 
 
 def _fixed_range(value: fx.Node) -> tuple[float, float] | None:

@@ -331,7 +331,7 @@ def test_patterns_that_match_nothing_name_the_nearest() -> None:
     program = trace(settled(nn.Linear(3, 2)), (values(1, 3),))
     with pytest.raises(SelectionError, match="The pattern 'O' matches no layer"):
         PassManager([InsertObservers(exclude=("O",))]).run(program, PassContext())
-    with pytest.raises(SelectionError, match="(?s)no kind of operator 'liner'.*did you mean 'linear'"):
+    with pytest.raises(SelectionError, match=r"(?s)no kind of operator 'liner'.*did you mean 'linear'"):
         PassManager([InsertObservers(formats=(("kind:liner", "float"),))]).run(program, PassContext())
 
 
