@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from sqcompile.backends.onnxruntime import packing
 from sqcompile.backends.onnxruntime.selection.values import Mapping, dynamic_arguments
+from sqcompile.operators.table import operator_of
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 
@@ -97,7 +98,8 @@ class Context:
         A weight that something else reads too is transposed in the graph (ONNX Runtime does it once, at load),
         so that the file holds it once.
         """
-        if len(mapping.source.users) > 1 and codes is mapping.source:
+        readers = [user for value in mapping.source.users for user in value.users]
+        if codes is mapping.source and not all(_multiplies(user) for user in readers):
             return self.edit.call(aten.t.default, codes, like=mapping.node)
         return self.constant("transposed", (codes,), lambda: self.tensor(codes).t().contiguous())
 
@@ -178,3 +180,8 @@ class Context:
             columns=result.columns,
             outputs=codes.shape[0],
         )
+
+
+def _multiplies(node: fx.Node) -> bool:
+    entry = operator_of(node)
+    return entry is not None and entry.kind in ("linear", "matmul")

@@ -33,14 +33,17 @@ class Quantizer:
     def weights(self, program: Program, text: str, kinds: Sequence[str] = ()) -> Program:
         """Store the weights of layers as codes of a format."""
         edit = Rewriter(program)
+        stored: dict[fx.Node, fx.Node] = {}
         for node in list(program.graph.nodes):
             entry = operator_of(node)
             if entry is None or entry.weight is None or (kinds and entry.kind not in kinds):
                 continue
             weight = argument(node, entry.weight)
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                with edit.before(node):
-                    edit_weight(edit, node, weight, Format.parse(text), entry.out_axis)
+                if weight not in stored:
+                    with edit.before(node):
+                        stored[weight] = _store(edit, weight, Format.parse(text), entry.out_axis)
+                node.replace_input_with(weight, stored[weight])
         edit.finish()
         program.level = Level.QDQ
         return program
@@ -83,8 +86,8 @@ class Quantizer:
         return program
 
 
-def edit_weight(edit: Rewriter, node: fx.Node, weight: fx.Node, format: Format, out_axis: int) -> None:
-    """Replace a stored weight of `node` by the dequantization of its codes."""
+def _store(edit: Rewriter, weight: fx.Node, format: Format, out_axis: int) -> fx.Node:
+    """Return the dequantization of a weight's codes."""
     values = edit.program.tensor(weight).detach()
     axis, group_size = format.granularity.pair
     if isinstance(format.granularity, PerChannel):
@@ -95,7 +98,7 @@ def edit_weight(edit: Rewriter, node: fx.Node, weight: fx.Node, format: Format, 
         values, scale, zero_point, axis, group_size, format.qmin, format.qmax, format.storage_dtype
     )
     name = str(weight.target)
-    result = edit.call(
+    return edit.call(
         sq.dequantize.default,
         edit.constant(f"{name}_codes", codes, like=weight),
         edit.constant(f"{name}_scale", scale.contiguous(), like=weight),
@@ -104,9 +107,8 @@ def edit_weight(edit: Rewriter, node: fx.Node, weight: fx.Node, format: Format, 
         group_size,
         format.qmin,
         format.qmax,
-        like=node,
+        like=weight,
     )
-    node.replace_input_with(weight, result)
 
 
 def _quantize(edit: Rewriter, value: fx.Node, format: Format, ranges: dict[fx.Node, Any]) -> fx.Node:
@@ -191,7 +193,13 @@ def optimized(tmp_path: Path) -> Callable[[OnnxArtifact], Counter[str]]:
     return count
 
 
-def worst_step(results: Sequence[Any], expected: Sequence[Any]) -> float:
+@pytest.fixture(scope="session")
+def worst_step() -> Callable[[Sequence[Any], Sequence[Any]], float]:
+    """Measures the largest difference of two lists of tensors in steps."""
+    return _worst_step
+
+
+def _worst_step(results: Sequence[Any], expected: Sequence[Any]) -> float:
     """Return the largest difference in steps of 1/255 of each output's range."""
     worst = 0.0
     for result, wanted in zip(results, expected, strict=True):
