@@ -62,7 +62,8 @@ class OnnxArtifact(Artifact):
 
     def to_bytes(self) -> bytes:
         """Return the model as one protobuf message; only possible below 2 GiB."""
-        return ir.to_proto(self.model).SerializeToString()
+        message: bytes = ir.to_proto(self.model).SerializeToString()
+        return message
 
     def save(self, path: Path) -> list[Path]:
         """Write the model, whole or not at all; tensors above the limit go to `<name>.data` beside it.

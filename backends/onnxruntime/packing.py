@@ -108,7 +108,7 @@ def pack(
 def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     """Return the codes of a packed tensor [..., bytes] as uint8 [..., bytes · 8 / bits]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2)
 
 
@@ -138,7 +138,7 @@ def round_activations(x: Tensor, block_size: int) -> Tensor:
     padded = torch.nn.functional.pad(x.float(), (0, -columns % block_size))
     blocks = padded.unflatten(-1, (-1, block_size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(scale > 0, blocks * (1 / scale.clamp(min=1e-38)), 0.0).round()
+    codes: Tensor = torch.where(scale > 0, blocks * (1 / scale.clamp(min=1e-38)), 0.0).round()
     return (codes * scale).flatten(-2)[..., :columns]
 
 
@@ -159,7 +159,7 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes along the last axis, the first one into the lowest bits; zeros fill the last byte."""
     count = 8 // bits
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count)).unflatten(-1, (-1, count))
-    result = padded[..., 0].clone()
+    result: Tensor = padded[..., 0].clone()
     for index in range(1, count):
         result |= padded[..., index] << (bits * index)
     return result

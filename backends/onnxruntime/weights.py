@@ -106,7 +106,7 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Return the stored tensor of a name, made of `array` if there is none yet."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[name]
 

@@ -43,5 +43,5 @@ def select_convolutions(context: Context) -> None:
             if isinstance(bias, fx.Node):
                 arguments[entry.bias] = integer_bias(context, data, weight, bias)
             kwargs = {name: value for name, value in node.kwargs.items() if name not in ("weight", "bias")}
-            result = edit.call(node.target, *arguments, like=node, **kwargs)  # type: ignore[arg-type]
+            result = edit.call(node.target, *arguments, like=node, **kwargs)
         edit.replace(node, result)

@@ -138,6 +138,7 @@ def _shifted_zero_point(
     if dynamic is not None:
         # A second scale operator, fitted to the new codes; its scale equals the first one's.
         x, axis, group_size, qmin, qmax, symmetric = (argument(dynamic, index) for index in range(6))
+        assert isinstance(qmin, int) and isinstance(qmax, int)
         with edit.after(dynamic):
             pair = edit.call(
                 sq.dynamic_scale.default,
