@@ -139,7 +139,8 @@ def round_activations(x: Tensor, block_size: int) -> Tensor:
     blocks = padded.unflatten(-1, (-1, block_size))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     codes: Tensor = torch.where(scale > 0, blocks * (1 / scale.clamp(min=1e-38)), 0.0).round()
-    return (codes * scale).flatten(-2)[..., :columns]
+    rounded: Tensor = (codes * scale).flatten(-2)
+    return rounded[..., :columns]
 
 
 def _per_block(parameter: Tensor, outputs: int, columns: int, group_size: int | None, block: int) -> Tensor:
