@@ -137,7 +137,7 @@ class Products:
         x = self.random.normal(size=(m, k)).astype(np.float32)
         self.unsigned = kernels.quantize_rows(x, signed=False)
         self.signed = kernels.quantize_rows(x, sum_group_size=GROUP)
-        self.c = np.empty((m, n), np.float32)
+        self.c = _native.allocate(4 * m * n).view(np.float32).reshape(m, n)
         self.scale = np.full(n, 0.01, np.float32)
         self.group_scale = np.full((n, k // GROUP), 0.01, np.float32)
         self.infinity = float("inf")
@@ -256,7 +256,7 @@ class Products:
             block_outputs=outputs,
             chunk=w.chunk,
             interleaved=_native.allocate(_native.qblock_interleaved_bytes(self.m, self.k)),
-            sums=_native.allocate(4 * _native.qblock_sum_count(self.n)).view(np.int32),
+            sums=_native.allocate(4 * self.pool.threads * _native.QBLOCK_SUM_COUNT).view(np.int32),
         )
         return lambda: call(
             index=w.index,
@@ -451,6 +451,7 @@ def main() -> None:
     parser.add_argument("--isa", default=None, choices=kernels.available_isas())
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--peers", action="store_true", help="also measure ONNX Runtime, where installed")
+    parser.add_argument("--only", help="one part: decode, decode_in_cache, decode_4_rows, prefill, quantize")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
@@ -470,6 +471,10 @@ def main() -> None:
         ("prefill", f"Prefill, {PREFILL_M} rows", lambda: prefill(pool, isa)),
         ("quantize", f"Quantize {PREFILL_M} rows", lambda: quantize(pool, isa)),
     ]
+    if options.only:
+        parts = [part for part in parts if part[0] == options.only]
+        if not parts:
+            parser.error(f"no part is called {options.only}")
     figures: dict[str, Any] = {}
     for key, title, make in parts:
         contenders = make()

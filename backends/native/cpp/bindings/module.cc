@@ -419,7 +419,7 @@ std::string qblock(ThreadPool& pool, const std::optional<std::string>& isa, std:
   require(size_of(index) >= count && size_of(values) >= count * block_outputs * 4, "index or values is too short");
   require(size_of(blocks_before) >= (n + 15) / 16 + 1, "blocks_before is too short");
   require(size_of(interleaved) >= sqc::qblock_interleaved_bytes(params.dense.m, k), "interleaved is too short");
-  require(size_of(sums) >= sqc::qblock_sum_count(n), "sums is too short");
+  require(size_of(sums) >= pool.threads() * sqc::kQblockSumCount, "sums is too short");
   const auto& kernel = sqc::qblock_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
   raise_unless_ok(sqc::qblock(pool, kernel, params, sums.data()));
@@ -492,7 +492,7 @@ NB_MODULE(_native, m) {
   m.def("qblock_start_count", &sqc::qblock_start_count, nb::arg("n"), nb::arg("k"), nb::arg("block_outputs"),
         nb::arg("chunk"));
   m.def("qblock_interleaved_bytes", &sqc::qblock_interleaved_bytes, nb::arg("m"), nb::arg("k"));
-  m.def("qblock_sum_count", &sqc::qblock_sum_count, nb::arg("n"));
+  m.attr("QBLOCK_SUM_COUNT") = sqc::kQblockSumCount;
   m.def("qblock_count", &qblock_count, nb::arg("b"), nb::arg("block_outputs"));
   m.def("qblock_pack", &qblock_pack, nb::arg("b"), nb::arg("block_outputs"), nb::arg("chunk"), nb::arg("index"),
         nb::arg("values"), nb::arg("start"), nb::arg("blocks_before"), nb::arg("sum"));

@@ -136,16 +136,20 @@ static void qblock_generic(const QblockParams& s, QblockPhase phase, std::int64_
   const std::int64_t units = (s.dense.k + 3) / 4, chunks = (units + s.chunk - 1) / s.chunk;
   const std::int64_t tiles = (s.dense.m + kQblockTileRows - 1) / kQblockTileRows;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t count = (end - begin) * 16 * tile_rows(s, tile);
-    std::memset(sums, 0, static_cast<std::size_t>(count) * sizeof *sums);
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if (s.block_outputs == 1) {
-        multiply_chunk<S, 1, Vectors>(s, begin, end, chunk, tile, sums);
-      } else {
-        multiply_chunk<S, Outputs, Vectors>(s, begin, end, chunk, tile, sums);
+    // A strip's sums stay in the L2 cache from chunk to chunk.
+    for (std::int64_t strip = begin; strip < end; strip += kQblockStripPanels) {
+      const std::int64_t strip_end = strip + kQblockStripPanels < end ? strip + kQblockStripPanels : end;
+      const std::int64_t count = (strip_end - strip) * 16 * tile_rows(s, tile);
+      std::memset(sums, 0, static_cast<std::size_t>(count) * sizeof *sums);
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        if (s.block_outputs == 1) {
+          multiply_chunk<S, 1, Vectors>(s, strip, strip_end, chunk, tile, sums);
+        } else {
+          multiply_chunk<S, Outputs, Vectors>(s, strip, strip_end, chunk, tile, sums);
+        }
       }
+      finish_tile<S>(s, strip, strip_end, tile, sums);
     }
-    finish_tile<S>(s, begin, end, tile, sums);
   }
 }
 

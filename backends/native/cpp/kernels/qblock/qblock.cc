@@ -44,8 +44,6 @@ std::int64_t qblock_interleaved_bytes(std::int64_t m, std::int64_t k) noexcept {
   return (m + 15) / 16 * 16 * ((k + 3) / 4) * 4;
 }
 
-std::int64_t qblock_sum_count(std::int64_t n) noexcept { return (n + 15) / 16 * 16 * kQblockTileRows; }
-
 Status qblock(ThreadPool& pool, const Kernel<QblockFunction>& kernel, const QblockParams& params,
               std::int32_t* sums) noexcept {
   const QgemmParams& p = params.dense;
@@ -61,7 +59,7 @@ Status qblock(ThreadPool& pool, const Kernel<QblockFunction>& kernel, const Qblo
     // A panel without blocks still takes the time of its outputs.
     const Range range = split_by_cost({params.blocks_before, static_cast<std::size_t>(panels) + 1}, 8, 1,
                                       pool.threads(), thread);
-    std::int32_t* own = sums + range.begin * 16 * kQblockTileRows;
+    std::int32_t* own = sums + thread * kQblockSumCount;
     if (range.begin < range.end) kernel.run(params, QblockPhase::multiply, range.begin, range.end, own);
   });
 }

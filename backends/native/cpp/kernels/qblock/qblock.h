@@ -20,6 +20,7 @@
 namespace sqc {
 
 constexpr std::int64_t kQblockTileRows = 64;
+constexpr std::int64_t kQblockStripPanels = 16;  // 64 KiB of sums
 
 struct QblockParams {
   QgemmParams dense;                  // everything but b, which is ignored
@@ -49,10 +50,11 @@ const Kernel<QblockFunction>& qblock_kernel(Isa isa) noexcept;
 
 std::int64_t qblock_interleaved_bytes(std::int64_t m, std::int64_t k) noexcept;
 
-// int32 sums, for all threads together.
-std::int64_t qblock_sum_count(std::int64_t n) noexcept;
+// int32 sums that a thread needs.
+constexpr std::int64_t kQblockSumCount = kQblockStripPanels * 16 * kQblockTileRows;
 
-// Checks the parameters and runs both phases; `sums` has qblock_sum_count entries. The result does not
+// Checks the parameters and runs both phases; `sums` has pool.threads() times
+// kQblockSumCount entries. The result does not
 // depend on the kernel or the number of threads, bit for bit, and equals qgemm's on the dense matrix.
 Status qblock(ThreadPool& pool, const Kernel<QblockFunction>& kernel, const QblockParams& params,
               std::int32_t* sums) noexcept;
