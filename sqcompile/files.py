@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from sqcompile.errors import FileError
 
@@ -17,23 +20,22 @@ from sqcompile.errors import FileError
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`.
 
+    An old file keeps its permissions, a new one gets those that the process gives new files; a link is
+    followed, as in any other way of writing a file.
+
     Raises:
         FileError: If it cannot be written; nothing is left behind, and an old file stays as it was.
     """
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-    temporary = Path(name)
-    try:
-        with write_errors(path):
-            yield temporary
-            sync(temporary)
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
-            sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(path), _beside(path) as (temporary, target):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
+        yield temporary
+        sync(temporary)
+        temporary.chmod(mode)
+        os.replace(temporary, target)
+        sync(target.parent)
 
 
 @contextmanager
@@ -45,23 +47,103 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileError: If it cannot be written; nothing is left behind.
     """
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    with write_errors(path), _beside(path) as (temporary, target):
+        if target.exists() and not target.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        temporary.mkdir()
+        yield temporary
+        items = sorted(temporary.rglob("*"))
+        for item in items:
+            sync(item)
+        if not target.exists():
+            os.replace(temporary, target)
+            sync(target.parent)
+            return
+        for item in items:
+            if item.is_dir():
+                (target / item.relative_to(temporary)).mkdir(exist_ok=True)
+            else:
+                os.replace(item, target / item.relative_to(temporary))
+        sync(target)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a free path in the same folder (made if missing) and the real path; clean up after errors."""
+    target = Path(os.path.realpath(path))
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    temporary = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}.part"
     try:
-        with write_errors(path):
-            yield temporary
-            path.mkdir(exist_ok=True)
-            for item in sorted(temporary.rglob("*")):
-                target = path / item.relative_to(temporary)
-                if item.is_dir():
-                    target.mkdir(exist_ok=True)
-                else:
-                    sync(item)
-                    os.replace(item, target)
-            sync(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary, target
+        made = []
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        for folder in made:
+            with suppress(OSError):  # it was never made, or something else is in it now
+                folder.rmdir()
+
+
+class SteadyWriter(io.RawIOBase):
+    """A file to write to that never raises, and remembers the first error instead.
+
+    For writers in C++ that end the process when a write fails, as PyTorch's does on a full disk: it
+    throws in a destructor. After them, call `check`.
+
+    Args:
+        file: The file, open for writing.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the first error that was met.
+
+        Raises:
+            OSError: If a write failed.
+        """
+        if self._error is None:
+            self._try(self._file.flush)
+        if self._error is not None:
+            raise self._error
+
+    def write(self, data: Any) -> int:
+        """Write, or do nothing after an error."""
+        self._try(lambda: self._file.write(data))
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a place in the file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the place in the file."""
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        """Nothing can be read."""
+        return False
+
+    def writable(self) -> bool:
+        """Everything can be written."""
+        return True
+
+    def seekable(self) -> bool:
+        """Every place can be reached."""
+        return True
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self._error is not None:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._error = error
 
 
 @contextmanager
@@ -110,10 +192,16 @@ def sync(path: Path) -> None:
 
 
 def _write_hint(error: OSError, path: Path) -> str:
-    if error.errno == errno.ENOSPC:
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of files (ulimit -f), or choose another disk; nothing was left behind"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some room on the disk and save again; nothing was left behind"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a folder that you may write to"
+    if error.errno == errno.EISDIR:
+        return f"'{path}' is a folder: name a file in it"
+    if error.errno == errno.EEXIST and path.is_file():
+        return f"'{path}' is a file: name a folder, or remove it"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"'{path.parent}' is not a folder: choose another path"
     return "choose another path"

@@ -43,7 +43,8 @@ def fingerprint(program: Program, *, content: bool = False) -> str:
         # The names of inputs are the interface; other placeholders' targets are.
         target = node.name if node.op == "placeholder" else str(node.target)
         parts.append((node.op, target, describe(node.args), describe(node.kwargs)))
-        parts.append(_describe_value(node.meta.get("val")))
+        if node.op != "output":  # its values have types of their own
+            parts.append(_describe_value(node.meta.get("val")))
         if node.op == "get_attr" and program.has_tensor(str(node.target)):
             parts.append(tensor_text(program.tensor(node)))
     for name, state in sorted(program.observers.items()):

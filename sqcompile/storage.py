@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,14 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.export import ExportedProgram
 
 import sqcompile.operators.library  # noqa: F401 - registers the operators that archives may hold
-from sqcompile.errors import FileError
-from sqcompile.files import atomic_file, require_file
+from sqcompile.errors import Error, FileError, FormatError, VerifyError
+from sqcompile.files import SteadyWriter, atomic_file, require_file
 from sqcompile.levels import Level
 from sqcompile.program import Program
 from sqcompile.signature import Signature
 from sqcompile.sparsity import Pattern, Sparsity
+from sqcompile.verify import check_signature
 
 _ENTRY = "sqcompile.json"
 _VERSION = 1
@@ -39,15 +42,17 @@ def save_program(program: Program, path: Path) -> None:
             "A program with observers cannot be saved.",
             where=str(path),
             seen=f"level {program.level}",
+            expected="level aten or qdq",
             next_step="freeze the observers first: freeze-observers",
         )
     exported = program.to_exported_program()
+    stored = dict(program.tensors())
     entry = json.dumps(
         {
             "version": _VERSION,
             "signature": program.signature.to_json(),
             "level": program.level.value,
-            "sparsity": {name: _pack(record) for name, record in program.sparsity.items()},
+            "sparsity": {name: _pack(program.sparsity[name]) for name in stored if name in program.sparsity},
             # Which node of the traced program a node stands for: what comparing layers goes by.
             "stands_for": {
                 node.name: node.meta["stands_for"]
@@ -61,14 +66,22 @@ def save_program(program: Program, path: Path) -> None:
             },
         }
     )
-    with atomic_file(path) as temporary:
-        # torch.export.save wants its own suffix, and looks at the name for nothing else.
-        archive = temporary.with_suffix(".pt2")
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        # Through Python's file, and steadily: on a full disk PyTorch's own writer ends the process.
+        writer = SteadyWriter(file)
         try:
-            torch.export.save(exported, archive, extra_files={_ENTRY: entry})
-            archive.replace(temporary)
-        finally:
-            archive.unlink(missing_ok=True)
+            torch.export.save(exported, writer, extra_files={_ENTRY: entry})  # type: ignore[arg-type]
+        except (OSError, Error):
+            raise
+        except Exception as error:
+            raise FileError(
+                "The program cannot be stored.",
+                where=str(path),
+                seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                expected="operators and constants that torch.export can write",
+                next_step="please report it with the program's text: print(program)",
+            ) from error
+        writer.check()
 
 
 def load_program(path: Path) -> Program:
@@ -88,52 +101,119 @@ def load_program(path: Path) -> Program:
             expected="a file that Program.save or torch.export.save wrote",
             next_step="save the program again",
         )
-    extra: dict[str, Any] = {_ENTRY: ""}
+    text = _read_entry(path)
     try:
-        exported = torch.export.load(path, extra_files=extra)
-    except Exception as error:
-        raise FileError(
-            f"'{path}' cannot be loaded.",
-            where=str(path),
-            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            expected="a file that Program.save or torch.export.save wrote",
-            next_step="the file may be damaged, or need operators of a package that is not imported",
-        ) from error
-    program = from_exported_program(exported)
-    text = extra[_ENTRY]
-    if not text:
-        return program
-    try:
-        entry = json.loads(text)
-        if entry["version"] > _VERSION:
-            raise FileError(
-                f"'{path}' was written by a newer version.",
-                where=str(path),
-                seen=f"version {entry['version']}",
-                expected=f"at most {_VERSION}",
-                next_step="update sqcompile",
-            )
-        program.signature = Signature.from_json(entry["signature"])
-        program.level = Level(entry["level"])
-        program.sparsity = {name: _unpack(item) for name, item in entry["sparsity"].items()}
-        for node in program.compute_nodes():
-            if node.name in entry.get("stands_for", {}):
-                node.meta["stands_for"] = entry["stands_for"][node.name]
-            if node.name in entry.get("rescaled", {}):
-                shape, factors = entry["rescaled"][node.name]
-                node.meta["rescaled"] = torch.tensor(factors, dtype=torch.float64).reshape(shape)
-    except FileError as error:
+        # Before the archive: it holds the structures of inputs and outputs, too, whose classes the
+        # signature makes known.
+        entry = None if text is None else _parse_entry(text, path)
+        program = from_exported_program(_load_archive(path))
+        if entry is not None:
+            _apply(entry, program)
+            check_signature(program)
+    except Error as error:
         if str(path) not in (error.where or ""):  # the signature knows no path
             error.where = f"{path}, {error.where}" if error.where else str(path)
+        if isinstance(error, VerifyError):  # parts of two files, or edited by hand
+            raise FileError(
+                f"'{path}' describes another program than it holds. {error.what}",
+                where=error.where,
+                seen=error.seen,
+                expected=error.expected,
+                next_step="save the program again",
+            ) from error
         raise
-    except (KeyError, ValueError, TypeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        zlib.error,
+    ) as error:
         raise FileError(
             f"'{path}' carries a damaged description.",
             where=f"{path}, entry {_ENTRY}",
             seen=f"{type(error).__name__}: {error}",
+            expected="what Program.save writes",
             next_step="save the program again",
         ) from error
     return program
+
+
+def _read_entry(path: Path) -> str | None:
+    """Return our entry of an archive, or None if it has none, after checking every checksum of it.
+
+    PyTorch checks none: a flipped bit in a weight would load.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            names = [name for name in archive.namelist() if name.endswith(f"/extra/{_ENTRY}")]
+            text = archive.read(names[0]).decode("utf-8") if names and not damaged else None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        UnicodeDecodeError,
+    ) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if damaged:
+        raise _damaged(path, f"the checksum of '{damaged}' is wrong")
+    return text
+
+
+def _load_archive(path: Path) -> ExportedProgram:
+    try:
+        with path.open("rb") as file:
+            # By path where possible: then tensors are read without a copy.
+            return torch.export.load(path if path.suffix == ".pt2" else file)
+    except Exception as error:
+        raise _damaged(path, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _damaged(path: Path, seen: str) -> FileError:
+    return FileError(
+        f"'{path}' cannot be loaded.",
+        where=str(path),
+        seen=seen,
+        expected="a file that Program.save or torch.export.save wrote",
+        next_step="the file may be damaged, or need operators of a package that is not imported",
+    )
+
+
+def _parse_entry(text: str, path: Path) -> dict[str, Any]:
+    entry = json.loads(text)
+    if not isinstance(entry, dict) or not isinstance(entry["version"], int):
+        raise TypeError("it is no table with a version")
+    if entry["version"] > _VERSION:
+        raise FileError(
+            f"'{path}' was written by a newer version.",
+            where=str(path),
+            seen=f"version {entry['version']}",
+            expected=f"at most {_VERSION}",
+            next_step="update sqcompile",
+        )
+    entry["signature"] = Signature.from_json(entry["signature"])
+    return entry
+
+
+def _apply(entry: dict[str, Any], program: Program) -> None:
+    """Give a program what torch.export does not know of it."""
+    program.signature = entry["signature"]
+    program.level = Level(entry["level"])
+    program.sparsity = {name: _unpack(item) for name, item in entry["sparsity"].items()}
+    for name, promise in program.sparsity.items():
+        if not program.has_tensor(name) or program.tensor(name).shape != promise.mask.shape:
+            raise ValueError(f"the mask of '{name}' fits no tensor")
+    for node in program.compute_nodes():
+        if node.name in entry.get("stands_for", {}):
+            node.meta["stands_for"] = str(entry["stands_for"][node.name])
+        if node.name in entry.get("rescaled", {}):
+            shape, factors = entry["rescaled"][node.name]
+            node.meta["rescaled"] = torch.tensor(factors, dtype=torch.float64).reshape(shape)
 
 
 def _pack(record: Sparsity) -> dict[str, Any]:
@@ -147,6 +227,12 @@ def _pack(record: Sparsity) -> dict[str, Any]:
 
 def _unpack(item: dict[str, Any]) -> Sparsity:
     bits = np.frombuffer(zlib.decompress(base64.b64decode(item["mask"])), dtype=np.uint8)
-    count = int(np.prod(item["shape"]))
-    mask = torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).reshape(item["shape"])
-    return Sparsity(mask, Pattern.parse(item["pattern"]))
+    shape = [int(size) for size in item["shape"]]
+    count = math.prod(shape)
+    if len(bits) != -(-count // 8):
+        raise ValueError(f"a mask of {len(bits)} bytes for {count} weights")
+    mask = torch.from_numpy(np.unpackbits(bits, count=count).astype(bool)).reshape(shape)
+    try:
+        return Sparsity(mask, Pattern.parse(item["pattern"]))
+    except FormatError as error:
+        raise ValueError(error.what) from error

@@ -48,7 +48,7 @@ def check_structure(program: Program) -> None:
         if node.op not in ("placeholder", "get_attr", "output"):
             _check_operator(node)
             _check_call(node, mode)
-    _check_signature(program)
+    check_signature(program)
 
 
 def check_level(program: Program) -> None:
@@ -125,8 +125,12 @@ def _names(program: Program) -> list[str]:
     return [node.name for node in program.placeholders]
 
 
-def _check_signature(program: Program) -> None:
-    """Check that inputs and outputs of the graph are those which the signature declares."""
+def check_signature(program: Program) -> None:
+    """Check that inputs and outputs of the graph are those which the signature declares.
+
+    Raises:
+        VerifyError: If not.
+    """
     results = program.output.args[0]
     if not isinstance(results, (tuple, list)):
         raise VerifyError(
