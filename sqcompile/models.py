@@ -34,9 +34,12 @@ def load_model(model: Any) -> Any:
     if not isinstance(model, nn.Module):
         raise TraceError(
             "The model cannot be traced.",
-            seen=type(model).__name__,
+            where="model",
+            seen=f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__,
             expected="a torch.nn.Module, ExportedProgram, GraphModule, a Hugging Face folder or a .pt2 file",
-            next_step="wrap the function in an nn.Module",
+            next_step="make an instance of it, and call eval()"
+            if isinstance(model, type)
+            else "wrap the function in an nn.Module",
         )
     if model.training and any(_acts_in_training(module) for module in model.modules()):
         raise TraceError(
@@ -100,8 +103,16 @@ def _load_folder(path: Path) -> nn.Module:
     require_file(config_path, "model configuration")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(f"'{config_path}' is no JSON.", where=str(config_path), seen=str(error)) from error
+        if not isinstance(config, dict):
+            raise TypeError(f"a {type(config).__name__} instead of a table")
+    except (ValueError, TypeError) as error:
+        raise FileError(
+            f"'{config_path}' is no configuration.",
+            where=str(config_path),
+            seen=str(error),
+            expected="config.json as save_pretrained writes it",
+            next_step="save the model again with model.save_pretrained(folder)",
+        ) from error
     try:
         import transformers
     except ImportError as error:
@@ -109,27 +120,41 @@ def _load_folder(path: Path) -> nn.Module:
             "Folders of Hugging Face need the transformers package.",
             where=str(path),
             seen=str(error),
+            expected="transformers",
             next_step="pip install sqcompile[llm]",
         ) from error
-    names = config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if kind is None:
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "AutoModel"
+    kind = getattr(transformers, name, None)
+    if not isinstance(kind, type) or not hasattr(kind, "from_pretrained"):
         raise FileError(
-            f"transformers has no architecture '{names[0]}'.",
+            f"transformers has no architecture '{name}'.",
             where=str(config_path),
-            seen=names[0],
-            next_step=did_you_mean(names[0], [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
+            seen=name,
+            expected="a model class of transformers",
+            next_step=did_you_mean(name, [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
         )
     try:
-        model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        model, loaded = kind.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # of transformers, safetensors, PyTorch, and whatever they use
         raise FileError(
             f"The model in '{path}' cannot be loaded.",
             where=str(path),
-            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            seen=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
             expected="config.json and model.safetensors as save_pretrained writes them",
             next_step="check that the folder is complete",
         ) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # transformers would make them up, at random
+        raise FileError(
+            f"The folder '{path}' lacks weights of the model.",
+            where=str(path),
+            seen=f"nothing for {', '.join(missing[:5])}" + (", …" if len(missing) > 5 else ""),
+            expected=f"every weight of {name}",
+            next_step="complete the folder; or load the model in Python, and pass it to sqcompile.compile",
+        )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a cache among the outputs is of no use without a session for it
     assert isinstance(model, nn.Module)
@@ -147,6 +172,7 @@ def _call_factory(text: str) -> Any:
             f"'{location}' has no function '{name}'.",
             where=text,
             seen=name,
+            expected="a function without arguments that returns a torch.nn.Module",
             next_step=did_you_mean(name, [n for n in dir(module) if not n.startswith("_")]),
         )
     try:
