@@ -221,13 +221,10 @@ def _pools_one_element(node: fx.Node) -> bool:
         return True  # with the shape kept, as all rules require: each output is the mean of one input
     if node.target not in _POOLS:
         return False
-    kernel, stride, padding = (_numbers(argument(node, position)) for position in (1, 2, 3))
-    averages_by = argument(node, 6) if node.target is aten.avg_pool2d.default else None
-    return kernel == {1} and stride <= {1} and padding <= {0} and averages_by is None
-
-
-def _numbers(value: object) -> set[object]:
-    return set(value) if isinstance(value, (list, tuple)) else {value}
+    kernel = argument(node, 1)
+    assert isinstance(kernel, (list, tuple))
+    divides_by = argument(node, 6) if node.target is aten.avg_pool2d.default else None
+    return set(kernel) == {1} and divides_by is None  # with the shape kept, the stride is 1 too
 
 
 def _pads_nothing(node: fx.Node) -> bool:

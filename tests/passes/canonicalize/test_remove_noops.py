@@ -211,6 +211,31 @@ def test_keeps_permutations_of_what_is_used_in_between() -> None:
     check_pass(RemoveNoops(), Function(both), (torch.randn(2, 3, 4, 5),), unchanged=True)
 
 
+def test_composes_permutations_in_their_order() -> None:
+    """Three that undo each other in this order, and not in the other; what lies between is used too."""
+
+    def function(x: Tensor) -> list[Tensor]:
+        first = x.permute(1, 0, 2)
+        second = first.permute(0, 2, 1)
+        return [first.tanh(), second.tanh(), second.permute(2, 0, 1).exp()]
+
+    check_pass(
+        RemoveNoops(),
+        Function(function),
+        (torch.randn(3, 4, 5),),
+        expected="""
+            program (level aten)
+              input  %x: f32[3, 4, 5]
+              %permute: f32[4, 3, 5] = permute(%x, dims=[1, 0, 2])
+              %permute_1: f32[4, 5, 3] = permute(%permute, dims=[0, 2, 1])
+              %tanh: f32[4, 3, 5] = tanh(%permute)
+              %tanh_1: f32[4, 5, 3] = tanh(%permute_1)
+              %exp: f32[3, 4, 5] = exp(%x)
+              return output_0=%tanh, output_1=%tanh_1, output_2=%exp
+        """,
+    )
+
+
 def test_turns_views_into_reshapes_where_the_copy_before_them_goes() -> None:
     check_pass(
         RemoveNoops(),
