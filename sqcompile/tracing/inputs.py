@@ -124,7 +124,9 @@ def enlarge_dynamic_sizes(inputs: Inputs, names: Sequence[str], dynamic_shapes: 
     """Repeat examples to size 2 along every dynamic dimension in which they have size 1.
 
     torch.export takes sizes 0 and 1 for constants, since a size of 1 broadcasts. One image or one text
-    is the natural example, and a repeated one traces to the same program.
+    is the natural example, and a repeated one traces to the same program. Examples that are dynamic are
+    made contiguous: from a slice of a larger tensor torch.export would take the larger one's size, a
+    stride of the slice, for a size that the dimension must not have.
 
     Raises:
         InputError: If an example is empty along a dynamic dimension.
@@ -146,7 +148,7 @@ def enlarge_dynamic_sizes(inputs: Inputs, names: Sequence[str], dynamic_shapes: 
                     next_step="pass an example with data in it",
                 )
             leaf = leaf.repeat_interleave(2, dim=axis)
-        leaves[index] = leaf
+        leaves[index] = leaf.contiguous() if dims else leaf
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
 

@@ -234,3 +234,14 @@ def test_a_range_that_the_model_does_not_take_comes_with_the_right_one() -> None
 def test_dynamic_shapes_of_another_structure(shapes: object) -> None:
     with pytest.raises(InputError, match="dynamic_shapes do not fit"):
         sqcompile.trace(nn.ReLU(), (torch.ones(2, 3),), dynamic_shapes=shapes)
+
+
+def test_a_slice_of_a_larger_tensor_is_an_example_like_any_other() -> None:
+    class Sums(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.view(x.shape[0], 1, x.shape[1]) + x.unsqueeze(2)).sum(1)
+
+    rows = torch.randn(4, 16)
+    shapes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}}
+    program = sqcompile.trace(Sums(), rows[:2, :6], dynamic_shapes=shapes)
+    assert torch.equal(program(rows), Sums()(rows))  # with the size that is the slice's stride
