@@ -33,7 +33,7 @@ def _store(graph: ir.Graph, value: ir.Value, codes: np.ndarray) -> None:
     name = str(value.name)
     packed = ir.tensor(codes.astype(ml_dtypes.int4), name=name)
     cast = ir.node("Cast", [value], {"to": ir.DataType.INT8}, name=f"{name}/Cast")
-    cast.outputs[0].name = f"{name}_int8"
+    cast.outputs[0].name = f"{name}/int8"
     cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(ir.DataType.INT8)
     users = [(use.node, use.idx) for use in value.uses() if use.node is not cast]
     for node, index in users:

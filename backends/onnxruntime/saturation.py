@@ -86,7 +86,7 @@ class _Choices:
                 inputs = [others[0], form, others[1], zero]
             while inputs[-1] is None:
                 inputs.pop()
-            result = ir.Value(name=f"{output.name}_{name[:4]}", shape=output.shape, type=output.type)
+            result = ir.Value(name=f"{output.name}/{name[:4]}", shape=output.shape, type=output.type)
             copy = ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[result])
             branches[name] = ir.Graph([], [result], nodes=[*before, copy], name=f"{node.name}/{name[:4]}")
         choice = ir.node("If", [exact], branches, name=f"{node.name}/If")
@@ -106,13 +106,13 @@ class _Choices:
         unsigned = ir.node("Cast", [moved.outputs[0]], {"to": ir.DataType.UINT8})
         for step, node in (("wide", wide), ("moved", moved), ("unsigned", unsigned)):
             node.name = f"{weight.name}/{step}"
-            node.outputs[0].name = f"{weight.name}_{step}"
+            node.outputs[0].name = f"{weight.name}/{step}"
         return [wide, moved, unsigned]
 
     def _unsigned_zero_point(self, node: ir.Node, zero_point: ir.Value | None) -> ir.Value:
         if zero_point is not None and zero_point.const_value is not None:
             codes = zero_point.const_value.numpy().astype(np.int16) + _SHIFT
-            return constant(self.graph, f"{zero_point.name}_unsigned", codes.astype(np.uint8))
+            return constant(self.graph, f"{zero_point.name}/unsigned", codes.astype(np.uint8))
         scale = _input(node, 1)
         shape = () if node.op_type == "MatMulInteger" or scale is None or scale.shape is None else scale.shape
         sizes = tuple(int(size) for size in shape)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
     nodes.append(ir.node("Mul", [nodes[-1].outputs[0], _beside(graph, node, scale, rank, "factor")]))
     for index, made in enumerate(nodes):
         made.name = f"{node.name}/{made.op_type}"
-        made.outputs[0].name = f"{node.outputs[0].name}_{index}"
+        made.outputs[0].name = f"{node.outputs[0].name}/{index}"
         made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
     graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(node.outputs[0], nodes[-1].outputs[0], replace_graph_outputs=True)
@@ -86,7 +86,7 @@ def _beside(graph: ir.Graph, node: ir.Node, parameter: ir.Value, rank: int, kind
     axis = node.attributes["axis"].as_int() % rank if "axis" in node.attributes else 1
     if array.ndim == 1 and array.ndim != rank:
         array = array.reshape([-1 if dim == axis else 1 for dim in range(rank)])
-    stored = constant(graph, f"{node.outputs[0].name}_{kind}", array)
+    stored = constant(graph, f"{node.outputs[0].name}/{kind}", array)
     block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
     if not block:
         return stored
@@ -94,9 +94,9 @@ def _beside(graph: ir.Graph, node: ir.Node, parameter: ir.Value, rank: int, kind
     assert codes is not None and codes.shape is not None
     length = codes.shape[axis]
     assert isinstance(length, int)
-    index = constant(graph, f"{node.outputs[0].name}_blocks", np.arange(length, dtype=np.int64) // block)
+    index = constant(graph, f"{node.outputs[0].name}/blocks", np.arange(length, dtype=np.int64) // block)
     spread = ir.node("Gather", [stored, index], {"axis": axis}, name=f"{node.name}/{kind}")
-    spread.outputs[0].name = f"{stored.name}_spread"
+    spread.outputs[0].name = f"{stored.name}/spread"
     spread.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     graph.insert_before(node, spread)
     return spread.outputs[0]
@@ -106,7 +106,9 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Return the stored tensor of a name, made of `array` if there is none yet."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
         graph.register_initializer(value)
     return graph.initializers[name]
 

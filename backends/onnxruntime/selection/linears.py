@@ -91,10 +91,12 @@ def _linear(node: fx.Node) -> Linear | None:
 
 def _select(context: Context, linear: Linear) -> fx.Node | None:
     data = as_dequantize(linear.data)
-    if data is None or data.bits > 8 or linear.weight.bits > 8:
-        return _few_bits(context, linear)
+    if data is None:
+        return _few_bits(context, linear, linear.data)
+    if data.bits > 8 or linear.weight.bits > 8:
+        return None  # no kernel keeps more than 8 bits of an activation
     if not linear.per_output:
-        return _few_bits(context, linear)
+        return _few_bits(context, linear, _before_quantization(context, linear, data))
     if data.per_tensor and data.fixed:
         return _calibrated(context, linear, data)
     quantized = as_quantize(data.source)
@@ -206,14 +208,27 @@ def _integer_product(context: Context, linear: Linear, codes: fx.Node, zero_poin
     )
 
 
-def _few_bits(context: Context, linear: Linear) -> fx.Node | None:
+def _before_quantization(context: Context, linear: Linear, data: Mapping) -> fx.Node:
+    """Return the activation that MatMulNBits should take where weights have scales for groups of inputs.
+
+    It rounds activations itself, to 8 bits with a scale for each block: finer than one scale for each
+    token or tensor. Rounding twice would only add an error.
+    """
+    quantized = as_quantize(data.source)
+    if quantized is None or data.fixed:
+        return linear.data
+    context.notes.append(f"{linear.weight.source.target}: activations are quantized block by block")
+    return quantized.source
+
+
+def _few_bits(context: Context, linear: Linear, data: fx.Node) -> fx.Node | None:
     """A float activation: MatMulNBits, unless the weight's groups or bits are none of its own."""
     packed = context.packed(linear.weight, outputs_axis=linear.outputs_axis)
     if packed is None:
         return None
     return context.edit.call(
         ort.matmul_nbits.default,
-        linear.data,
+        data,
         packed.codes,
         packed.scales,
         packed.zero_points,

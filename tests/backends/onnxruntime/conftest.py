@@ -75,8 +75,8 @@ class Quantizer:
             for value in data_arguments(node):
                 if value.op != "get_attr" and value.target is not sq.dequantize.default:
                     node.replace_input_with(value, quantized(value))
-            if outputs:
-                result = _fused_result(node)
+            result = _fused_result(node)
+            if outputs and result not in done:
                 users = list(result.users)
                 replacement = quantized(result)
                 for user in users:
