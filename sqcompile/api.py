@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
-from sqcompile.calibration import Calibration, as_call, keep_iterator
+from sqcompile.calibration import Calibration, as_call, keep_iterator, reject_empty
 from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
@@ -22,7 +24,7 @@ from sqcompile.measure import measure_latency
 from sqcompile.metrics import Distance, output_distance
 from sqcompile.models import folder_dynamic_shapes, load_model, model_name
 from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, parse_pipeline
-from sqcompile.pipeline.manager import Instrument, Verify
+from sqcompile.pipeline.manager import Instrument, Verify, check_order, check_verify
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Report, environment, layer_rows
@@ -126,13 +128,18 @@ class LazyCompiled:
         if name.startswith("_"):
             raise AttributeError(name)
         if self._compiled is None:
-            raise InputError(
+            raise _NotCompiledError(
                 f"'{name}' is not known yet: the model has not been compiled.",
+                where="model compiled without inputs",
                 seen="no example inputs, no calibration data, and no call yet",
                 expected="one call, or example inputs",
                 next_step="call the compiled model once, or pass example_inputs to sqcompile.compile",
             )
         return getattr(self._compiled, name)
+
+
+class _NotCompiledError(InputError, AttributeError):
+    """Also an `AttributeError`, so that `hasattr` and `copy` ask in vain instead of failing."""
 
 
 def compile(
@@ -199,7 +206,12 @@ def compile(
         return compile(model, **recipe.fill(options))
     clock = _Clock()
     progress = progress or SilentProgress()
+    # What is cheap to check comes first: tracing a large model takes minutes.
     pipeline = resolve_passes(passes)
+    check_order(pipeline)
+    check_verify(verify)
+    check_seed(seed)
+    memory = parse_bytes(max_memory)
     target = None if backend == "auto" else get_backend(backend)
     loaded = load_model(model)
     batches = open_data(calibration, loaded, model)
@@ -219,7 +231,7 @@ def compile(
     context = PassContext(
         calibration=data,
         seed=seed,
-        max_memory=parse_bytes(max_memory),
+        max_memory=memory,
         work_dir=None if work_dir is None else Path(work_dir),
         progress=progress,
     )
@@ -315,6 +327,10 @@ def resolve_passes(passes: Any) -> list[Pass]:
     """
     if isinstance(passes, str):
         return parse_pipeline(passes)
+    if isinstance(passes, (Pass, type)):
+        passes = [passes]
+    if not isinstance(passes, Iterable):
+        raise _no_pass(passes)
     found: list[Pass] = []
     for item in passes:
         if isinstance(item, Pass):
@@ -324,13 +340,18 @@ def resolve_passes(passes: Any) -> list[Pass]:
         elif isinstance(item, (list, tuple)):
             found += resolve_passes(item)
         else:
-            raise RecipeError(
-                "Passes are objects or texts.",
-                seen=f"{item!r}" if not isinstance(item, type) else f"the class {item.__name__}",
-                expected="a Pass object, such as FoldBatchNorm(), or its text",
-                next_step="add the parentheses" if isinstance(item, type) else "pass a Pass object",
-            )
+            raise _no_pass(item)
     return found
+
+
+def _no_pass(item: object) -> RecipeError:
+    return RecipeError(
+        "Passes are objects or texts.",
+        where="passes",
+        seen=f"the class {item.__name__}" if isinstance(item, type) else repr(item),
+        expected="a Pass object, such as FoldBatchNorm(), or its text",
+        next_step="add the parentheses" if isinstance(item, type) else "pass a Pass object",
+    )
 
 
 def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] | None) -> Inputs | None:
@@ -345,6 +366,7 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
         for batch in calibration:
             args, kwargs = as_call(batch, "calibration batch 0")
             return tuple(args), dict(kwargs)
+        reject_empty()
     if isinstance(model, ExportedProgram):
         return model.example_inputs or ((), {})
     if isinstance(model, Program):
@@ -424,17 +446,36 @@ def parse_bytes(size: int | str | None) -> int | None:
     Raises:
         InputError: If the text is no size.
     """
-    if size is None or isinstance(size, int):
-        return size
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = size.strip().rstrip("BbKkMmGgIi")
-    unit = size.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*(?:([kmgt]i?)?b?)\s*", str(size), re.IGNORECASE)
+    if match is None or isinstance(size, bool) or not math.isfinite(float(match[1])):
         raise InputError(
-            f"'{size}' is no size.", seen=size, expected="a number of bytes, or text such as 8GB or 512MiB"
-        ) from None
+            f"'{size}' is no size.",
+            where="max_memory",
+            seen=repr(size),
+            expected="a number of bytes, or text such as 8GB (10⁹) or 512MiB (2²⁰)",
+            next_step="write a number and a unit: B, kB, MB, GB, TB, KiB, MiB, GiB or TiB",
+        )
+    unit = (match[2] or "").lower()
+    power = " kmgt".index(unit[0]) if unit else 0
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+
+
+def check_seed(seed: object) -> None:
+    """Check that a seed is one that PyTorch takes.
+
+    Raises:
+        InputError: If not.
+    """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(
+            "The seed is no number that can seed.",
+            where="seed",
+            seen=repr(seed),
+            expected="a whole number of 64 bits",
+            next_step="pass a small number, such as seed=0",
+        )
 
 
 def _check_batch(signature: Signature, inputs: Inputs, data: Calibration | None) -> list[list[Any]]:
@@ -461,11 +502,13 @@ def _report(
     outputs: Distance | None = None
     parity: Distance | None = None
     layers: list[LayerDistance] = []
+    notes = list(artifact.notes)
     if check_batch and verify != "off":
         with torch.no_grad():
             reference = [program.run(batch) for batch in check_batch]
             expected = [original.run(batch) for batch in check_batch]
         outputs = output_distance(expected, reference)
+        notes += _notes_on(original, expected)
         parity = output_distance(reference, [session.run(batch) for batch in check_batch])
         if records:
             layers = compare_layers(original, program, check_batch)
@@ -481,9 +524,19 @@ def _report(
         layers=layer_rows(program, layers),
         output_distance=outputs,
         backend_distance=parity,
-        notes=list(artifact.notes),
+        notes=notes,
         environment=environment(),
     )
+
+
+def _notes_on(original: Program, outputs: list[list[Any]]) -> list[str]:
+    """Say which outputs of the model itself are not a number, where no comparison can see anything."""
+    return [
+        f"the model's own output '{value.name}' holds NaN on the check batch"
+        for batch in outputs[:1]
+        for value, leaf in zip(original.signature.outputs, batch, strict=True)
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any())
+    ]
 
 
 class _Clock:

@@ -39,9 +39,7 @@ class Session(ABC):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs (`Signature.bind`) and return flat outputs as torch tensors."""
 
-    def profile(
-        self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10
-    ) -> dict[str, float]:
+    def profile(self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10) -> dict[str, float]:
         """Return the median time of layers in ns, by name; backends that cannot tell return nothing.
 
         Args:
@@ -146,6 +144,7 @@ def get_backend(name: str) -> Backend:
     if name not in _BACKENDS:
         raise BackendError(
             f"There is no backend '{name}'.",
+            where="backend",
             seen=name,
             expected=", ".join(["auto", *_BACKENDS]),
             next_step=did_you_mean(name, ["auto", *_BACKENDS]),
@@ -155,6 +154,7 @@ def get_backend(name: str) -> Backend:
     except ImportError as error:
         raise BackendError(
             f"The {name} backend cannot be loaded.",
+            where="backend",
             seen=f"{type(error).__name__}: {error}",
             next_step="install what is missing: pip install sqcompile",
         ) from error

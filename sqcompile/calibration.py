@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Calibration:
         self._batches = keep_iterator(batches)
         self.signature = signature
         if _length(self._batches) == 0:
-            self._reject_empty()
+            reject_empty()
 
     def __len__(self) -> int:
         """Return the number of batches.
@@ -45,7 +45,7 @@ class Calibration:
             yield self.bind(batch, f"calibration batch {index}")
             count += 1
         if count == 0:
-            self._reject_empty()
+            reject_empty()
 
     def first(self) -> list[Any]:
         """Return the first batch as flat inputs."""
@@ -74,15 +74,6 @@ class Calibration:
         for value, leaf in zip(self.signature.inputs, flat, strict=True):
             check_data(leaf, f"{where}, input '{value.name}'")
         return flat
-
-    def _reject_empty(self) -> None:
-        raise CalibrationError(
-            "Calibration data is empty.",
-            where="calibration",
-            seen="0 batches",
-            expected="at least one batch",
-            next_step="pass 100 to 500 samples that look like the data in use",
-        )
 
 
 def keep_iterator(batches: Any) -> Any:
@@ -169,3 +160,14 @@ def _length(batches: Any) -> int | None:
         return len(batches)
     except TypeError:  # a data loader over a stream has `__len__`, and raises
         return None
+
+
+def reject_empty() -> NoReturn:
+    """Raise the error for data without batches."""
+    raise CalibrationError(
+        "Calibration data is empty.",
+        where="calibration",
+        seen="0 batches",
+        expected="at least one batch",
+        next_step="pass 100 to 500 samples that look like the data in use",
+    )

@@ -30,12 +30,23 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
         The report, with latency, file size of the dense model and the times of the layers.
 
     Raises:
-        InputError: If there are no inputs to measure with.
+        InputError: If there are no inputs to measure with, or no runs.
     """
     if not inputs:
         raise InputError(
             "There are no inputs to measure with.",
+            where="measure",
+            seen="no arguments, and no check batch",
+            expected="the inputs of one call",
             next_step="pass the inputs of one call to measure(), or example_inputs to compile()",
+        )
+    if runs < 1:
+        raise InputError(
+            "There is nothing to measure without a run.",
+            where="measure",
+            seen=f"runs={runs}",
+            expected="1 or more",
+            next_step="leave it out: 30 calls are usual",
         )
     report = compiled.report
     threads = threads or torch.get_num_threads()

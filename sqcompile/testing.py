@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 
 from sqcompile.calibration import Calibration
 from sqcompile.levels import Level
-from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord
+from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, registry
 from sqcompile.pipeline.manager import verify_program
 from sqcompile.program import Program
 from sqcompile.text import program_text, text_diff
@@ -65,7 +66,8 @@ def check_pass(
 
     Checked each time: the program before and after is valid; the change report is honest; the text
     is `expected` exactly; a second run changes nothing; outputs are equal as the pass's `keeps`
-    says, and finite; no tensor of the input program was written to, byte for byte.
+    says, and finite; no tensor of the input program was written to, byte for byte; the same run from the
+    start gives the same program; the pass survives being written as text and read.
 
     Args:
         item: The pass.
@@ -118,6 +120,13 @@ def check_pass(
     for part in remarks or ():
         reasons = [str(remark) for remark in record.remarks]
         assert any(part in reason for reason in reasons), f"no remark holds {part!r}; remarks: {reasons}"
+    _check_text(item)
+    repeated = before.snapshot()
+    PassManager([item]).run(repeated, replace(context, remarks=[]))
+    assert repeated.fingerprint(content=True) == program.fingerprint(content=True), (
+        "the same run gives another program; is something random, and not seeded by context.seed?\n"
+        + text_diff(text_after, program_text(repeated))
+    )
     if idempotent and item.requires is item.produces:
         again = program.snapshot()
         (second,) = PassManager([item], check_batches=batches).run(again, context)
@@ -125,6 +134,13 @@ def check_pass(
             f"a second run changes it again:\n{text_diff(text_after, program_text(again))}"
         )
     return CheckedPass(before, program, record)
+
+
+def _check_text(item: Pass) -> None:
+    if registry().get(item.name) is not type(item):
+        return  # a pass that is known nowhere by its name, such as one defined in a test
+    again = Pass.parse(str(item))
+    assert again == item, f"the pass reads back from its text as another: {item} as {again}"
 
 
 def assert_text(seen: str, expected: str) -> None:
@@ -142,8 +158,8 @@ def assert_text(seen: str, expected: str) -> None:
 
 
 def traced(model: nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -> Program:
-    """Trace a module in eval mode and verify the program."""
-    program = trace(model.eval(), inputs, dynamic_shapes=dynamic_shapes)
+    """Trace a module, as in eval mode, and verify the program."""
+    program = trace(model, inputs, dynamic_shapes=dynamic_shapes)
     verify_program(program)
     assert program.level is Level.ATEN
     return program

@@ -61,12 +61,14 @@ def find_pass(name: str) -> type[Pass]:
     if key in named_pipelines():
         raise RecipeError(
             f"'{key}' is a pipeline of several passes, and one pass is wanted here.",
+            where="passes",
             seen=name.strip(),
             expected="the name of one pass",
             next_step=f"see what it holds with: sqcompile passes {key}",
         )
     raise RecipeError(
         f"There is no pass '{name.strip()}'.",
+        where="passes",
         seen=name.strip(),
         expected="the name of a pass or of a pipeline",
         next_step=did_you_mean(key, [*known, *named_pipelines()]) + " `sqcompile passes` lists all",
