@@ -66,8 +66,10 @@ class ReferenceBackend(Backend):
         if isinstance(source, Artifact):
             raise BackendError(
                 "The reference backend runs programs only.",
+                where="backend reference",
                 seen=type(source).__name__,
                 expected="ReferenceArtifact or the path of a .pt2 file",
+                next_step="load the artifact with the backend that made it",
             )
         return ReferenceSession(Program.load(source))
 

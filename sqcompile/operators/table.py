@@ -201,6 +201,8 @@ def operator_of(node: fx.Node) -> Operator | None:
     """Return the entry of a node's operator, or None if the table has none."""
     if node.op != "call_function":
         return None
+    if node.target is aten.addmm.default and (argument(node, 3), argument(node, 4)) != (1, 1):
+        return None  # beta · bias + alpha · (x @ weight): no layer, but a combination of two values
     return TABLE.get(node.target)  # type: ignore[call-overload,no-any-return]
 
 

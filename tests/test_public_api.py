@@ -1,0 +1,70 @@
+"""What the package promises: names, laziness, documentation, types."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import sqcompile
+from sqcompile.errors import Error
+
+
+def test_every_name_is_there_and_documented() -> None:
+    documented = {"Program", "Pass", "PassResult", "PassContext", "Level", "Keeps", "Remark", "Error"}
+    assert documented | {"compile", "load", "Compiled", "Report", "trace"} <= set(sqcompile.__all__)
+    assert sorted(sqcompile.__all__) == list(sqcompile.__all__)
+    for name in sqcompile.__all__:
+        value = getattr(sqcompile, name)
+        assert inspect.getdoc(value), name
+        assert value.__module__.startswith("sqcompile."), name
+        assert name in dir(sqcompile)
+
+
+def test_submodules() -> None:
+    assert sqcompile.passes.FoldBatchNorm.__module__.startswith("sqcompile.passes.")
+    assert callable(sqcompile.testing.check_pass)
+    assert callable(sqcompile.passes.pipelines.int8_static)
+
+
+def test_other_names_are_refused_as_python_does() -> None:
+    with pytest.raises(AttributeError, match="module 'sqcompile' has no attribute 'comple'"):
+        _ = sqcompile.comple
+    assert not hasattr(sqcompile, "comple")
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert sqcompile.__version__ == version("sqcompile")
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """Neither PyTorch nor a backend is imported before it is used, and never what is on its way out."""
+    script = (
+        "import sys, sqcompile\n"
+        "assert not {'torch', 'onnx', 'onnxruntime', 'transformers', 'rich'} & set(sys.modules), 'imported early'\n"
+        "sqcompile.compile, sqcompile.Program, sqcompile.passes\n"
+        "assert 'torch' in sys.modules\n"
+        "early = {'onnxruntime', 'onnxscript', 'transformers', 'torchao', 'sklearn'} & set(sys.modules)\n"
+        "assert not early, early\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_errors_can_be_caught_at_once() -> None:
+    from sqcompile import errors
+
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
+    assert len(kinds) > 10 and all(issubclass(kind, Error) for kind in kinds)
+
+
+def test_options_of_compile_are_keywords() -> None:
+    parameters = inspect.signature(sqcompile.compile).parameters
+    positional = [name for name, item in parameters.items() if item.kind is item.POSITIONAL_OR_KEYWORD]
+    assert positional == ["model", "passes", "example_inputs", "calibration", "dynamic_shapes", "backend"]
+    assert {"seed", "max_memory", "work_dir", "verify"} <= set(parameters)
+    assert all(item.default is not item.empty for name, item in parameters.items() if name != "model")
