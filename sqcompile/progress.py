@@ -44,7 +44,7 @@ class BarProgress:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -56,4 +56,5 @@ class BarProgress:
         """Print the line on standard error."""
         from rich.console import Console
 
-        Console(stderr=True).print(text, style="dim", highlight=False)
+        # No markup: a pass's options in brackets are not tags.
+        Console(stderr=True).print(text, style="dim", highlight=False, markup=False)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-10
 """Noise (as a share of the signal: -100 dB) that is the rounding of float32, for which nobody is to blame."""
+
+_UNCOMPRESSED = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 _NEGLIGIBLE = 0.97
 """A compiled layer that needs more than this share of the dense time does not pay."""
@@ -74,7 +77,7 @@ class LayerRow:
         """Say plainly whether the compression of this layer pays in time, where that was measured."""
         if self.dense_ns is None or self.compiled_ns is None:
             return ""
-        if self.weight == "float32" and self.sparsity == 0:
+        if self.weight in _UNCOMPRESSED and self.sparsity == 0:
             return ""
         ratio = self.dense_ns / max(self.compiled_ns, 1.0)
         if self.compiled_ns > _NEGLIGIBLE * self.dense_ns:
@@ -165,7 +168,9 @@ class Report:
 
     def to_json(self) -> str:
         """Return the whole report as JSON text; infinite figures become null."""
-        return json.dumps(_plain(self), indent=2)
+        blamed = {"worst_pass": self.worst_pass(), "worst_layer": self.worst_layer()}
+        names = {key: getattr(item, "text", getattr(item, "name", None)) for key, item in blamed.items()}
+        return json.dumps({**_plain(self), **names}, indent=2)
 
     def to_html(self, path: str | Path) -> None:
         """Write the printed report as one HTML file.
@@ -301,6 +306,8 @@ def _cpu_name() -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, LayerRow):

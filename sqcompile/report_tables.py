@@ -21,7 +21,7 @@ _MAX_REMARKS = 8
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print a report; on a terminal in colour, into a file as plain text."""
     console = console or Console()
-    console.print(Panel(_summary(report), title=f"sqcompile: {report.model}", title_align="left"))
+    console.print(Panel(_summary(report), title=Text(f"sqcompile: {report.model}"), title_align="left"))
     if report.passes:
         console.print(_passes(report))
     if report.layers:
@@ -67,42 +67,53 @@ def _summary(report: Report) -> Group:
     table = Table.grid(padding=(0, 2))
     before, after = report.original, report.size
     ratio = before.size_bytes / max(1, after.size_bytes)
-    table.add_row(
-        "weights", f"{size_text(before.size_bytes)} → {size_text(after.size_bytes)}", f"{ratio:.2f}x smaller"
+    _add_row(
+        table,
+        "weights",
+        f"{size_text(before.size_bytes)} → {size_text(after.size_bytes)}",
+        f"{ratio:.2f}x smaller" if before.size_bytes else "",
     )
     if report.dense_file_bytes:
-        table.add_row(
+        _add_row(
+            table,
             "file",
             f"{size_text(report.dense_file_bytes)} → {size_text(report.file_bytes)}",
             f"{report.dense_file_bytes / max(1, report.file_bytes):.2f}x smaller",
         )
     elif report.file_bytes:
-        table.add_row("file", size_text(report.file_bytes), "")
-    table.add_row(
+        _add_row(table, "file", size_text(report.file_bytes), "")
+    _add_row(
+        table,
         "parameters",
         f"{after.parameters:,}",
         f"{after.bits_per_parameter:.2f} bits each, {100 * after.sparsity:.1f} % zeros",
     )
     if report.output_distance is not None:
-        table.add_row(
-            "outputs", sqnr_text(report.output_distance), "against the original, on the check batch"
+        _add_row(
+            table, "outputs", sqnr_text(report.output_distance), "against the original, on the check batch"
         )
     if report.backend_distance is not None:
-        table.add_row(
-            "backend", sqnr_text(report.backend_distance), f"{report.backend} against the reference"
+        _add_row(
+            table, "backend", sqnr_text(report.backend_distance), f"{report.backend} against the reference"
         )
     if report.latency is not None:
         latency = report.latency
-        table.add_row(
+        _add_row(
+            table,
             "latency",
             f"{time_text(latency.dense_ns)} → {time_text(latency.compiled_ns)}",
             f"{latency.speedup:.2f}x, median of {latency.runs} alternating calls, {latency.threads} threads",
         )
-    table.add_row("backend", report.backend, report.backend_reason)
+    _add_row(table, "backend", report.backend, report.backend_reason)
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     if spent:
-        table.add_row("time", spent, "")
+        _add_row(table, "time", spent, "")
     return Group(table)
+
+
+def _add_row(table: Table, *cells: str, style: str | None = None) -> None:
+    """Add a row of plain texts: rich takes brackets, as in `layers=[fc]`, for tags, and drops them."""
+    table.add_row(*map(Text, cells), style=style)
 
 
 def _passes(report: Report) -> Table:
@@ -111,7 +122,8 @@ def _passes(report: Report) -> Table:
         table.add_column(column, justify="left" if column == "pass" else "right", overflow="fold")
     blamed = report.worst_pass()
     for record in report.passes:
-        table.add_row(
+        _add_row(
+            table,
             record.text + (" ◀ largest loss" if record is blamed else ""),
             str(record.changes),
             size_text(record.size.size_bytes),
@@ -146,5 +158,5 @@ def _layers(report: Report) -> Table:
         ]
         if timed:
             cells += [time_text(row.dense_ns), time_text(row.compiled_ns), row.verdict]
-        table.add_row(*cells, style="bold" if row is blamed else None)
+        _add_row(table, *cells, style="bold" if row is blamed else None)
     return table
