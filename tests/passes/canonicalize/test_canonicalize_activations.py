@@ -72,6 +72,7 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "twice silu": lambda x: 2 * x * torch.sigmoid(x),
     "sigmoid squared": lambda x: torch.sigmoid(x) * torch.sigmoid(x),
     "hardsigmoid shifted by 2": lambda x: (x + 2).clamp(0, 6) / 6,
+    "hardsigmoid shifted by 3 · 2": lambda x: torch.add(x, 3, alpha=2).clamp(0, 6) / 6,
     "hardsigmoid over 5": lambda x: (x + 3).clamp(0, 6) / 5,
     "hardsigmoid up to 5": lambda x: (x + 3).clamp(0, 5) / 6,
     "hardswish of another value": lambda x: (x + 1) * (x + 3).clamp(0, 6) / 5,

@@ -14,6 +14,7 @@ from sqcompile.errors import InputError, PassOptionError, SelectionError
 from sqcompile.layers import layers_of
 from sqcompile.passes import ApplyMasks, MaskWeights
 from sqcompile.pipeline import parse_pass
+from sqcompile.rewrite import Rewriter
 from sqcompile.testing import check_pass
 
 
@@ -179,6 +180,15 @@ def test_prunes_blocks_by_one_threshold_for_all(net: Program) -> None:
     assert all(set(mask.reshape(-1, 4).sum(1).tolist()) <= {0, 4} for mask in masks)
     total = sum(int((~checked.after.sparsity[name].mask).sum()) for name in checked.after.sparsity)
     assert total == 4 * int(0.6 * (288 + 128 + 64) / 4)
+
+
+def test_removes_ties_of_all_layers_no_more_than_asked() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        nn.init.ones_(layer.weight)
+    program = trace(model, (torch.ones(1, 4),))
+    facts = check_pass(MaskWeights(sparsity=0.75, scope="global"), program).record.facts["sparsity"]
+    assert facts == {"0": 1.0, "1": 0.5}
 
 
 # --- which layers ---------------------------------------------------------------------------------------
@@ -428,6 +438,19 @@ def test_leaves_a_weight_that_something_else_uses() -> None:
     inputs = (torch.randn(1, 4),)
     remark = "is not pruned: %linalg_vector_norm uses its weight too"
     check_pass(MaskWeights(sparsity=0.5), Measured(), inputs, unchanged=True, remarks=[remark])
+
+
+def test_leaves_a_mask_that_something_else_uses() -> None:
+    program = check_pass(MaskWeights(sparsity=0.5), one(WEIGHT)).after
+    edit = Rewriter(program)
+    masked = next(node for node in program.compute_nodes() if "mask" in node.name)
+    with edit.before(program.output):
+        norm = edit.call(torch.ops.aten.sum.default, masked)
+        total = edit.call(torch.ops.aten.add.Tensor, program.output.args[0][0], norm)
+    program.output.args = ((total,),)
+    edit.finish()
+    remark = "is not pruned: %sum_1 uses its weight too"
+    check_pass(MaskWeights(sparsity=0.75), program, unchanged=True, remarks=[remark])
 
 
 def test_leaves_a_model_without_layers() -> None:
