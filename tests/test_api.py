@@ -347,11 +347,12 @@ class TestTheModel:
         assert torch.equal(made(data(2, 8)), expected)
 
 
-class TestCompiled:
-    @pytest.fixture(scope="class")
-    def made(self) -> Compiled:
-        return compiled(seeded(Mlp), [AddNoise()], (data(2, 8),), [data(2, 8, seed=5)])
+@pytest.fixture(scope="module")
+def made() -> Compiled:
+    return compiled(seeded(Mlp), [AddNoise()], (data(2, 8),), [data(2, 8, seed=5)])
 
+
+class TestCompiled:
     def test_holds_both_programs(self, made: Compiled) -> None:
         x = data(2, 8)
         assert torch.equal(made.original(x), seeded(Mlp)(x)) and torch.equal(made.program(x), made(x))

@@ -84,7 +84,7 @@ class TestFiles:
 
 class TestFactories:
     @pytest.fixture
-    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def file(self, tmp_path: Path) -> Path:
         path = tmp_path / f"factory_{tmp_path.name}.py"  # a name of its own: imported modules stay
         path.write_text(
             "from torch import nn\n"
@@ -119,16 +119,17 @@ class TestFactories:
         refused(f"{tmp_path / 'no.py'}:make", FileError)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("folder") / "model"
+    config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=20, n_positions=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
 class TestFolders:
     """Folders of Hugging Face, made of a model with two layers."""
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        transformers = pytest.importorskip("transformers")
-        path = tmp_path_factory.mktemp("folder") / "model"
-        config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=20, n_positions=16)
-        transformers.GPT2LMHeadModel(config).save_pretrained(path)
-        return path
 
     def copy(self, folder: Path, target: Path) -> Path:
         target.mkdir()

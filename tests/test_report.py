@@ -299,13 +299,14 @@ class TestTexts:
         assert list(BarProgress().track([1, 2], "reading [a]")) == [1, 2]
 
 
-class TestCompilation:
-    @pytest.fixture(scope="class")
-    def made(self) -> Report:
-        compiled = sqcompile.compile(seeded(Mlp), ["remove-noops"], (data(2, 8),), backend="reference")
-        assert isinstance(compiled, Compiled)
-        return compiled.report
+@pytest.fixture(scope="module")
+def made() -> Report:
+    compiled = sqcompile.compile(seeded(Mlp), ["remove-noops"], (data(2, 8),), backend="reference")
+    assert isinstance(compiled, Compiled)
+    return compiled.report
 
+
+class TestCompilation:
     def test_figures(self, made: Report) -> None:
         assert made.model == "Mlp" and made.size == made.original and made.file_bytes == 4 * 212
         assert made.output_distance is not None and made.output_distance.sqnr_db == math.inf

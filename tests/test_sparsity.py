@@ -171,7 +171,7 @@ class TestHolds:
 
 
 class TestCut:
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=20)
     @given(
         st.lists(
             st.lists(st.sampled_from([0.0, -0.0, 1e-40, 1.0, -1.0, 2.5, math.inf, -math.inf]), max_size=8),
