@@ -50,7 +50,7 @@ class TestModules:
     def test_in_training_mode_that_compute_the_same_are_fine(self) -> None:
         assert load_model(Mlp().train()).training  # fresh modules are; nothing in it cares
 
-    @pytest.mark.parametrize("model", [Mlp, torch.relu, None, 3, {"a": 1}, torch.zeros(3)], ids=str)
+    @pytest.mark.parametrize("model", [Mlp, torch.relu, None, 3, {"a": 1}, torch.zeros(3)])
     def test_what_is_no_model(self, model: Any) -> None:
         error = refused(model, TraceError)
         if isinstance(model, type):
