@@ -9,12 +9,12 @@ from torch import fx
 
 from sqcompile.layers import select_layers
 from sqcompile.levels import Level
-from sqcompile.operators.table import argument
+from sqcompile.operators.table import argument, data_arguments, operator_of
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.format import Format, PerChannel, PerTensor
 from sqcompile.quantization.observers import Fixed, HistogramMSE, MinMax, Observer
-from sqcompile.quantization.placement import Watch, place, takes_elements
+from sqcompile.quantization.placement import Watch, origin, place, takes_elements
 from sqcompile.quantization.scheme import Override, Site, choose_formats, sites_of, weight_format
 from sqcompile.rewrite import Rewriter
 from sqcompile.text import locate
@@ -84,6 +84,7 @@ class InsertObservers(Pass):
         edit = Rewriter(program, self.name)
         integer: list[Site] = []
         formats: dict[fx.Node, Format] = {}
+        obstacles: dict[fx.Node, str] = {}
         count = 0
         for site in selected:
             format, activation = weights[site.node], values[site.node]
@@ -91,7 +92,7 @@ class InsertObservers(Pass):
                 continue
             obstacle = _obstacle(site)
             if obstacle is not None:
-                context.remark(site.node, f"stays in floating point: {obstacle}")
+                obstacles[site.node] = obstacle
                 continue
             if site.layer is not None:
                 count += self._observe_weight(edit, site, format, context)
@@ -99,6 +100,7 @@ class InsertObservers(Pass):
                 integer.append(site)
                 formats[site.node] = activation
         watches = place(integer, formats, context.remark)
+        _remark_obstacles(obstacles, {watch.value for watch in watches}, context)
         for watch in watches:
             self._observe_value(edit, watch)
         if not edit.changes:
@@ -146,6 +148,15 @@ class InsertObservers(Pass):
                 and (users is None or user in users)
             ),
         )
+
+
+def _remark_obstacles(obstacles: dict[fx.Node, str], coded: set[fx.Node], context: PassContext) -> None:
+    """Say why layers stay, and operators whose inputs are codes; of all others nobody expects otherwise."""
+    for node, reason in obstacles.items():
+        entry = operator_of(node)
+        is_layer = entry is not None and entry.weight is not None
+        if is_layer or any(origin(value) in coded for value in data_arguments(node)):
+            context.remark(node, f"stays in floating point: {reason}")
 
 
 def _obstacle(site: Site) -> str | None:
