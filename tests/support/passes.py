@@ -12,7 +12,7 @@ from torch import nn
 
 from sqcompile.errors import LevelError
 from sqcompile.levels import Level
-from sqcompile.pipeline import Pass, PassContext, PassManager
+from sqcompile.pipeline import Pass, PassContext, PassManager, verify_program
 from sqcompile.program import Program
 from sqcompile.tracing import trace
 
@@ -25,7 +25,9 @@ CNNS = [name for name, model in ZOO.items() if model.family == "cnn"]
 def zoo_program(name: str) -> Program:
     """A model of the zoo, traced; passes get snapshots of it."""
     model = ZOO[name]
-    return trace(model.make(), model.inputs(), dynamic_shapes=model.dynamic_shapes)
+    program = trace(model.make(), model.inputs(), dynamic_shapes=model.dynamic_shapes)
+    verify_program(program)  # nodes remember that they were checked, and so do those of snapshots
+    return program
 
 
 class Function(nn.Module):
