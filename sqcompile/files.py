@@ -76,14 +76,13 @@ def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary, target
-        made = []
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
         for folder in made:
-            with suppress(OSError):  # it was never made, or something else is in it now
+            with suppress(OSError):  # it was never made, or something is in it now
                 folder.rmdir()
 
 

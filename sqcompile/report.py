@@ -284,8 +284,7 @@ def _layer_bytes(program: Program, layer: Layer, bits: Mapping[str, float]) -> i
             continue
         seen.add(name)
         tensor = program.tensor(name)
-        default = 1 if tensor.dtype == torch.bool else 8 * tensor.element_size()
-        total += math.ceil(tensor.numel() * bits.get(name, default) / 8)
+        total += math.ceil(tensor.numel() * bits.get(name, 8 * tensor.element_size()) / 8)
     return int(total)
 
 

@@ -386,8 +386,6 @@ def _in_order(value: Any, spec: pytree.TreeSpec) -> Any:
 
 def _is_constant(constant: Any, leaf: Any) -> bool:
     """Whether a leaf is the value that was traced in."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf is constant
     if isinstance(constant, str) and isinstance(leaf, (torch.dtype, torch.device)):
         return str(leaf) == constant  # as a stored signature holds it
     try:

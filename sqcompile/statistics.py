@@ -49,7 +49,7 @@ def program_size(program: Program) -> Size:
     auxiliary = _auxiliary(program)
     parameters = zeros = weights = total_bits = 0
     for name, tensor in program.tensors():
-        total_bits += math.ceil(tensor.numel() * bits.get(name, _bits(tensor)) / 8) * 8
+        total_bits += math.ceil(tensor.numel() * bits.get(name, 8 * tensor.element_size()) / 8) * 8
         # Beside weights there are tables of integers: positions, indices, what masks attention.
         if name not in auxiliary and (tensor.is_floating_point() or name in bits):
             parameters += tensor.numel()
@@ -115,7 +115,3 @@ def _operator(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "sqcompile":
         return target._schema.name.removeprefix("sqcompile::")
     return ""
-
-
-def _bits(tensor: torch.Tensor) -> int:
-    return 1 if tensor.dtype == torch.bool else 8 * tensor.element_size()

@@ -9,11 +9,11 @@ import torch
 from support.programs import conv_net, data, mlp, seeded
 from torch import nn
 
-from sqcompile.compare import compare_layers, first_jump
+from sqcompile.compare import LayerDistance, compare_layers, first_jump
 from sqcompile.errors import InputError
 from sqcompile.evaluate import constant_sources, constant_value, explain_failure, run_watched
 from sqcompile.layers import layers_of
-from sqcompile.metrics import EQUAL
+from sqcompile.metrics import EQUAL, Distance
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 from sqcompile.tracing import trace
@@ -89,6 +89,22 @@ class TestLayers:
         edit.finish()
         rows = compare_layers(deep, twin, [[data(32, 16)]])
         assert max(rows, key=lambda row: row.loss).name == "layers.2"
+        # With much noise on the way in, little of what the layer shows is its own.
+        rows = {row.name: row for row in compare_layers(deep, spoil(twin, "layers.1", 0.3), [[data(32, 16)]])}
+        assert (
+            rows["layers.2"].before is not None
+            and rows["layers.2"].loss < rows["layers.2"].distance.noise / 2
+        )
+
+    def test_what_reached_a_layer_is_no_loss_of_its_own(self) -> None:
+        def at(sqnr_db: float, before: float | None) -> LayerDistance:
+            reached = None if before is None else Distance(before, 1.0, 0.0)
+            return LayerDistance("layer", "node", "place", Distance(sqnr_db, 1.0, 0.0), reached)
+
+        assert at(20, None).loss == pytest.approx(0.01)
+        assert at(10, 20).loss == pytest.approx(0.1 - 0.01)
+        assert at(20, 10).loss == 0.0 == at(20, 20).loss  # a layer may also lose noise
+        assert at(9, 10).loss < at(20, math.inf).loss * 3 < at(10, 20).loss
 
     def test_over_several_batches(self, deep: Program) -> None:
         spoiled = spoil(deep, "layers.2", 0.05)

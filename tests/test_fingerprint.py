@@ -237,7 +237,13 @@ class TestTensors:
             assert checksum(view) == checksum(view.contiguous().clone())
 
     @pytest.mark.parametrize(
-        "shuffle", [lambda x: x.flip(0), lambda x: x.flip(1), lambda x: x[[1, 0, *range(2, 256)]]]
+        "shuffle",
+        [
+            lambda x: x.flip(0),
+            lambda x: x.flip(1),
+            lambda x: x[[1, 0, *range(2, 256)]],
+            lambda x: x[:, [2, 3, 0, 1, *range(4, 256)]],
+        ],
     )
     def test_checksum_of_rows_and_columns_that_change_places(
         self, shuffle: Callable[..., torch.Tensor]

@@ -76,6 +76,7 @@ class TestBinding:
             ((x,), {"pair": both}),
             ((), {"scale": 3.0, "pair": both, "x": x}),
             ((), {"pair": both, "x": x, "extra": None}),  # an argument left at None says nothing
+            ((x, both, torch.tensor(3.0)), {}),  # the value that was fixed, in whatever form
         ]
         for args, kwargs in calls:
             flat = signature.bind(args, kwargs)
@@ -138,7 +139,8 @@ class TestMistakes:
         error = refused(signature, data(rows, 4), pair(rows))
         assert error.what == "Dimension 'batch' is out of its range."
         assert error.seen == str(rows) and error.expected == "1 to 10"
-        assert signature.bind((data(10, 4), pair(10)), {})[0].shape[0] == 10  # the bound itself fits
+        for bound in (1, 10):
+            assert signature.bind((data(bound, 4), pair(bound)), {})[0].shape[0] == bound
 
     def test_a_size_that_follows_from_another(self) -> None:
         class Halves(nn.Module):

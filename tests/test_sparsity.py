@@ -100,6 +100,21 @@ class TestMasks:
         assert torch.equal(again & kept, pattern.mask(scores, high) & kept)
 
     @settings(deadline=None, max_examples=50)
+    @given(matrices(), st.integers(0, 9), st.integers(0, 9), st.integers(0, 999))
+    def test_together_with_any_earlier_mask(
+        self, case: tuple[Pattern, torch.Tensor], first: int, second: int, seed: int
+    ) -> None:
+        """What an earlier mask removed, by whatever score, counts: exactly so many are gone in the end."""
+        pattern, scores = case
+        if pattern.m:
+            return
+        kept = pattern.mask(data(*scores.shape, seed=seed).abs(), first / 10)
+        size = pattern.rows * pattern.columns
+        total = scores.numel() // size
+        gone = int((~(pattern.mask(scores, second / 10, kept) & kept)).sum()) // size
+        assert gone == max(removed_count(total, first / 10), removed_count(total, second / 10))
+
+    @settings(deadline=None, max_examples=50)
     @given(matrices(), st.floats(0, 12))
     def test_thresholds(self, case: tuple[Pattern, torch.Tensor], threshold: float) -> None:
         pattern, scores = case

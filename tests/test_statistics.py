@@ -99,12 +99,14 @@ class TestProgramSize:
                 self.linear = nn.Linear(4, 4)
                 self.register_buffer("positions", torch.arange(100))
                 self.register_buffer("running", torch.ones(7))
+                self.register_buffer("flags", torch.ones(4, dtype=torch.bool))
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                return self.linear(x) + self.positions[:4] + self.running[:4]
+                x = self.linear(x) + self.positions[:4] + self.running[:4]
+                return torch.where(self.flags, x, 0.0)
 
         size = program_size(trace(seeded(Model), (data(2, 4),)))
-        assert size.parameters == 16 + 4 + 7 and size.size_bytes == 4 * 27 + 8 * 100
+        assert size.parameters == 16 + 4 + 7 and size.size_bytes == 4 * 27 + 8 * 100 + 4
 
     def test_shared_weights_count_once(self) -> None:
         class Model(nn.Module):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import operator
 import os
 import resource
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,6 +298,7 @@ class TestDamage:
             lambda entry: entry["sparsity"].update(other=next(iter(entry["sparsity"].values()))),
             lambda entry: promise(entry).update(mask="AAAA"),
             lambda entry: promise(entry).update(mask="not base 64!"),
+            lambda entry: promise(entry).update(mask=base64.b64encode(zlib.compress(bytes(8))).decode()),
             lambda entry: promise(entry).update(shape=[8, 16]),
             lambda entry: promise(entry).update(shape=[16, 9]),
             lambda entry: promise(entry).update(shape=[-16, -8]),
@@ -391,6 +394,22 @@ class TestUnwritable:
         error = caught.value
         assert error.seen == "RuntimeError: something inside" and error.next_step and error.expected
         assert path.read_bytes() == old and self.everything(tmp_path) == ["program.pt2"]
+
+    def test_a_disk_that_was_full_for_a_moment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One write fails, and all later ones succeed: the file has a hole, and must not appear."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def save(exported: Any, writer: Any, **options: Any) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            try:
+                writer.write(b"x" * 1_000_000)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        monkeypatch.setattr(torch.export, "save", save)
+        with pytest.raises(FileError, match="cannot be written"):
+            mlp().save(tmp_path / "program.pt2")
+        assert self.everything(tmp_path) == []
 
     def test_a_file_where_a_folder_should_be(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

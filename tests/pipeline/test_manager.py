@@ -331,6 +331,11 @@ CASES: dict[str, tuple[Body, type[Error], str]] = {
         "cannot hold 'observe'",
     ),
     # It changes the interface.
+    "renames a placeholder": (
+        lambda program, context: rename_placeholder_silently(program, context) + 1,
+        VerifyError,
+        "changed the program's inputs",
+    ),
     "drops an output": (drop_an_output, VerifyError, "another number of outputs"),
     "drops an output everywhere": (
         drop_an_output_and_its_declaration,
@@ -444,6 +449,14 @@ class TestCatching:
         _, (record,) = run([misbehaving(edit)], program)
         assert torch.equal(program(x), -before)
         assert record.distance is not None and record.distance.cosine < -0.99
+
+    def test_writes_into_what_an_earlier_pass_stored(self) -> None:
+        def replace_weight(program: Program, context: PassContext) -> int:
+            Rewriter(program).replace_tensor(linear(program).args[1], torch.ones(16, 8))
+            return 1
+
+        with pytest.raises(PassContractError, match="wrote into the tensor 'first"):
+            run([Idle(), misbehaving(replace_weight), Idle(), misbehaving(write_past_the_version)], fresh())
 
     def test_earlier_writes_do_not_blame_later_passes(self) -> None:
         """Tensors are compared with what they were before this pass, not before the first."""

@@ -289,6 +289,7 @@ class TestMistakes:
             "text-probe{count}",
             "text-probe{layers=[a}",
             "text-probe{layers=[a,b}]",
+            "text-probe{layers=[a,{b]}}",
             'text-probe{word="a}',
             'text-probe{word="a"b}',
             "text-probe{ratios={a}}",
