@@ -98,6 +98,16 @@ def _shape(sizes: Sequence[Dim]) -> ir.Shape:
     return ir.Shape(sizes)
 
 
+def drop_inner_shapes(graph: ir.Graph) -> None:
+    """Forget the shapes of all values but inputs and outputs: runtimes derive them anew, and trust no file."""
+    interface = {*graph.inputs, *graph.outputs, *graph.initializers.values()}
+    for node in graph:
+        for value in node.outputs:
+            if value not in interface:
+                value.shape = None
+                value.type = None
+
+
 def _rename_dimensions(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
     for value in _values(graph):
         if value.shape is None or value.shape.is_static():
@@ -125,3 +135,5 @@ def _drop_metadata(model: ir.Model) -> None:
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
+        if "block_size" in node.attributes and node.attributes["block_size"].as_int() == 0:
+            del node.attributes["block_size"]  # the default

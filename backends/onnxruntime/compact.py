@@ -10,6 +10,12 @@ _SMALLEST = 64
 """Elements below which the extra operator is not worth the bytes."""
 
 
+# Operators and the position of their codes.
+_WEIGHTS = frozenset(
+    {("DequantizeLinear", 0), ("MatMulInteger", 1), ("Transpose", 0), ("Gather", 0), ("Cast", 0)}
+)
+
+
 def store_few_bits(model: ir.Model) -> int:
     """Store int8 tensors of codes -8..7 as INT4, followed by a Cast; return how many.
 
@@ -22,11 +28,17 @@ def store_few_bits(model: ir.Model) -> int:
         if tensor is None or tensor.dtype != ir.DataType.INT8 or tensor.size < _SMALLEST:
             continue
         codes = tensor.numpy()
-        if not value.uses() or codes.min() < -8 or codes.max() > 7:
+        if not _holds_weights(value) or codes.min() < -8 or codes.max() > 7:
             continue
         _store(model.graph, value, codes)
         count += 1
     return count
+
+
+def _holds_weights(value: ir.Value) -> bool:
+    """Whether every user takes the tensor as codes, none as a zero point, which must be stored plainly."""
+    uses = [(use.node.op_type, use.idx) for use in value.uses()]
+    return bool(uses) and all(use in _WEIGHTS for use in uses)
 
 
 def _store(graph: ir.Graph, value: ir.Value, codes: np.ndarray) -> None:

@@ -41,6 +41,7 @@ def lower(program: Program) -> OnnxArtifact:
     guarded = saturation.guard(model)
     if guarded:
         notes.append(f"{guarded} int8 weights choose their form at load, so that no CPU saturates")
+    cleanup.drop_inner_shapes(model.graph)
     model.producer_name = "sqcompile"
     model.producer_version = version("sqcompile")
     model.ir_version = min(model.ir_version, _LARGEST_IR_VERSION)

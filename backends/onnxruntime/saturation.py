@@ -86,9 +86,9 @@ class _Choices:
                 inputs = [others[0], form, others[1], zero]
             while inputs[-1] is None:
                 inputs.pop()
-            result = ir.Value(name=f"{output.name}/{name[:4]}", shape=output.shape, type=output.type)
-            copy = ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[result])
-            branches[name] = ir.Graph([], [result], nodes=[*before, copy], name=f"{node.name}/{name[:4]}")
+            result = ir.Value(name="form", shape=output.shape, type=output.type)
+            copy = ir.Node("", node.op_type, inputs, node.attributes.values(), outputs=[result], name="form")
+            branches[name] = ir.Graph([], [result], nodes=[*before, copy], name=name[:4])
         choice = ir.node("If", [exact], branches, name=f"{node.name}/If")
         choice.outputs[0].name, choice.outputs[0].shape, choice.outputs[0].type = (
             output.name,
@@ -105,8 +105,8 @@ class _Choices:
         moved = ir.node("Add", [wide.outputs[0], shift])
         unsigned = ir.node("Cast", [moved.outputs[0]], {"to": ir.DataType.UINT8})
         for step, node in (("wide", wide), ("moved", moved), ("unsigned", unsigned)):
-            node.name = f"{weight.name}/{step}"
-            node.outputs[0].name = f"{weight.name}/{step}"
+            # Names repeat in every branch, and so take few bytes: a branch is a scope of its own.
+            node.name = node.outputs[0].name = step
         return [wide, moved, unsigned]
 
     def _unsigned_zero_point(self, node: ir.Node, zero_point: ir.Value | None) -> ir.Value:

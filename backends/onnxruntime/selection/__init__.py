@@ -25,7 +25,7 @@ from sqcompile.backends.onnxruntime.selection.embeddings import select_embedding
 from sqcompile.backends.onnxruntime.selection.linears import select_linears
 from sqcompile.backends.onnxruntime.selection.norms import select_norms
 from sqcompile.backends.onnxruntime.selection.primitives import lower_primitives
-from sqcompile.backends.onnxruntime.selection.shapes import make_views_safe, select_pooling
+from sqcompile.backends.onnxruntime.selection.shapes import make_views_safe, pad_values, select_pooling
 from sqcompile.backends.onnxruntime.selection.spell_out import spell_out
 from sqcompile.backends.onnxruntime.selection.unsign import make_unsigned
 from sqcompile.program import Program
@@ -34,6 +34,7 @@ _STEPS = (
     spell_out,
     make_unsigned,
     fold_clamps,
+    pad_values,
     select_linears,
     select_convolutions,
     select_embeddings,

@@ -38,7 +38,9 @@ def select_convolutions(context: Context) -> None:
         with edit.before(node):
             codes, zero_point = context.signed_codes(weight)
             arguments = list(node.args) + [None] * (entry.bias + 1 - len(node.args))
-            arguments[entry.weight] = context.dequantized(weight, codes, zero_point, axis)
+            # Unlike Gemm, Conv is fused without a zero point too: zeros need not be stored.
+            shift = zero_point if bool(context.tensor(zero_point).any()) else None
+            arguments[entry.weight] = context.dequantized(weight, codes, shift, axis)
             bias = argument(node, entry.bias)
             if isinstance(bias, fx.Node):
                 arguments[entry.bias] = integer_bias(context, data, weight, bias)

@@ -6,11 +6,15 @@ import torch
 from torch import fx
 
 from sqcompile.backends.onnxruntime.selection.context import Context
-from sqcompile.backends.onnxruntime.selection.values import rank_of
-from sqcompile.operators.table import argument
+from sqcompile.backends.onnxruntime.selection.values import as_dequantize, rank_of
+from sqcompile.operators.table import argument, operator_of
 
 aten = torch.ops.aten
 ort = torch.ops.sqcompile_ort
+sq = torch.ops.sqcompile
+
+# Operators that pad with a constant, and the position of that constant.
+_PADS = {aten.constant_pad_nd.default: 2, aten.pad.default: 3}
 
 
 def make_views_safe(context: Context) -> None:
@@ -29,6 +33,31 @@ def make_views_safe(context: Context) -> None:
         with edit.before(node):
             copy = edit.call(aten.clone.default, source, memory_format=torch.contiguous_format, like=node)
         edit.set_argument(node, 0, copy)
+
+
+def pad_values(context: Context) -> None:
+    """Pad values instead of codes where a convolution follows: ONNX Runtime makes the padding its own.
+
+    dequantize(pad(codes, zero_point)) = pad(dequantize(codes), 0).
+    """
+    edit = context.edit
+    for node in list(edit.graph.nodes):
+        mapping = as_dequantize(node)
+        if mapping is None or not mapping.per_tensor or not mapping.fixed:
+            continue
+        pad = mapping.source
+        if pad.target not in _PADS or len(pad.users) > 1 or not isinstance(pad.args[0], fx.Node):
+            continue
+        entries = [operator_of(user) for user in node.users]
+        if not all(entry is not None and entry.kind.startswith("conv") for entry in entries):
+            continue
+        fill = argument(pad, _PADS[pad.target])
+        if fill != int(context.tensor(mapping.zero_point)) or argument(pad, 1) is None:
+            continue
+        with edit.before(node):
+            values = edit.call(sq.dequantize.default, pad.args[0], *node.args[1:], like=node)
+            padded = edit.call(aten.constant_pad_nd.default, values, pad.args[1], 0.0, like=pad)
+        edit.replace(node, padded)
 
 
 def select_pooling(context: Context) -> None:
