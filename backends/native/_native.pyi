@@ -181,3 +181,14 @@ def qblock(
 ) -> str: ...
 def read_memory(pool: ThreadPool, isa: str | None, data: NDArray[np.uint8]) -> str: ...
 def multiply_registers(pool: ThreadPool, isa: str | None, steps: int) -> int: ...
+def norm(
+    pool: ThreadPool,
+    isa: str | None,
+    kind: str,
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32] | None,
+    bias: NDArray[np.float32] | None,
+    epsilon: float,
+    y: NDArray[np.float32],
+    repeat: int = 1,
+) -> str: ...

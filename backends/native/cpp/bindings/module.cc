@@ -19,6 +19,8 @@
 #include "base/cpu.h"
 #include "base/isa.h"
 #include "base/thread_pool.h"
+#include "bindings/common.h"
+#include "bindings/float_kernels.h"
 #include "kernels/machine/machine.h"
 #include "kernels/q4gemm/q4gemm.h"
 #include "kernels/q4sparse/q4sparse.h"
@@ -27,56 +29,12 @@
 #include "kernels/qsparse/qsparse.h"
 #include "kernels/quantize/quantize.h"
 
-namespace nb = nanobind;
-
 static_assert(sqc::kQsparseValueSlack == sqc::kQ4sparseValueSlack, "VALUE_SLACK stands for both");
 
 namespace {
 
-using sqc::Isa;
-using sqc::Kernel;
-using sqc::Span;
-using sqc::Status;
-using sqc::StatusCode;
+using namespace sqc_python;
 using sqc::ThreadPool;
-
-template <typename T, std::size_t Dimensions>
-using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-template <typename T>
-using Vector = Array<T, 1>;
-template <typename T>
-using Matrix = Array<T, 2>;
-
-void raise_unless_ok(const Status& status) {
-  switch (status.code()) {
-    case StatusCode::kOk: return;
-    case StatusCode::kInvalidArgument: throw nb::value_error(status.message());
-    case StatusCode::kOutOfMemory: throw std::bad_alloc();
-    default: throw std::runtime_error(status.message());
-  }
-}
-
-// Everything that a kernel reads or writes lies inside its array; this is what holds it to that.
-void require(bool condition, const char* what) {
-  if (!condition) throw nb::value_error(what);
-}
-
-template <typename T>
-std::int64_t size_of(const T& array) {
-  return static_cast<std::int64_t>(array.size());
-}
-
-// An optional array's data, null when absent.
-template <typename T>
-auto data_or_null(const std::optional<T>& array) {
-  return array ? array->data() : nullptr;
-}
-
-Isa isa_called(const std::optional<std::string>& name) {
-  Isa isa = Isa::scalar;
-  raise_unless_ok(name ? sqc::find_isa(name->c_str(), &isa) : sqc::default_isa(&isa));
-  return isa;
-}
 
 nb::dict cpu_info() {
   const sqc::CpuInfo& info = sqc::cpu_info();
@@ -114,15 +72,6 @@ bool isa_available(const std::string& name) {
   return status.is_ok();
 }
 
-template <typename Function>
-nb::list kernel_list(Span<const Kernel<Function>> kernels) {
-  nb::list list;
-  for (const Kernel<Function>& kernel : kernels) {
-    list.append(nb::make_tuple(kernel.name, sqc::isa_name(kernel.isa), sqc::isa_available(kernel.isa)));
-  }
-  return list;
-}
-
 nb::dict kernels() {
   nb::dict result;
   result["machine"] = kernel_list(sqc::machine_kernels());
@@ -132,6 +81,7 @@ nb::dict kernels() {
   result["qsparse"] = kernel_list(sqc::qsparse_kernels());
   result["q4sparse"] = kernel_list(sqc::q4sparse_kernels());
   result["qblock"] = kernel_list(sqc::qblock_kernels());
+  list_float_kernels(result);
   return result;
 }
 
@@ -500,6 +450,7 @@ NB_MODULE(_native, m) {
         nb::arg("a_zero"), nb::arg("block_outputs"), nb::arg("chunk"), nb::arg("index"), nb::arg("values"),
         nb::arg("start"), nb::arg("blocks_before"), nb::arg("b_sum"), nb::arg("b_scale"), nb::arg("bias").none(),
         nb::arg("low"), nb::arg("high"), nb::arg("c"), nb::arg("interleaved"), nb::arg("sums"));
+  bind_float_kernels(m);
   m.def("read_memory", &read_memory, nb::arg("pool"), nb::arg("isa").none(), nb::arg("data"),
         "Reads whole units of 512 bytes once; the name of the kernel.");
   m.def("multiply_registers", &multiply_registers, nb::arg("pool"), nb::arg("isa").none(), nb::arg("steps"),

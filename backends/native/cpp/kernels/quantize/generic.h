@@ -112,40 +112,48 @@ static std::int32_t convert(const QuantizeParams& p, const float* x, std::uint8_
   return sum;
 }
 
+// How many groups a row's sums have.
+static SQC_INLINE std::int64_t quantize_groups(const QuantizeParams& p) {
+  return p.sum_group != 0 ? (p.k + p.sum_group - 1) / p.sum_group : 1;
+}
+
+// Row m of everything that is written, from `x` [k], wherever that lies.
+template <class S>
+static void quantize_row(const QuantizeParams& p, std::int64_t m, const float* x) {
+  const std::int64_t step = p.sum_group != 0 ? p.sum_group : (p.k_padded != 0 ? p.k_padded : 1);
+  const std::int64_t groups = quantize_groups(p);
+  std::uint8_t* codes = p.codes + m * p.code_stride;
+  float scale = 1.0f;
+  std::int32_t zero_point = p.is_signed ? 0 : 128;
+  if (p.mode == QuantizeMode::static_scale) {
+    scale = p.scale[0];
+    zero_point = p.zero_point[0];
+  } else if (p.mode == QuantizeMode::affine) {
+    scale = affine_scale<S>(x, p.k, &zero_point);
+    p.scale[m] = scale;
+    p.zero_point[m] = zero_point;
+  } else if (p.scale_group == 0) {
+    scale = symmetric_scale<S>(x, 0, p.k);
+    p.scale[m] = scale;
+  }
+  if (groups == 0) convert<S>(p, x, codes, 0, 0, p.k_padded, scale, zero_point);  // only padding
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t begin = g * step, last = begin + step;
+    const std::int64_t end = last < p.k ? last : p.k;
+    // What follows the last group's end up to k_padded is padding, and that group's.
+    const std::int64_t padded_end = g + 1 < groups ? last : p.k_padded;
+    if (p.scale_group != 0) {
+      scale = symmetric_scale<S>(x, begin, end);
+      p.scale[m * groups + g] = scale;
+    }
+    const std::int32_t sum = convert<S>(p, x, codes, begin, end, padded_end, scale, zero_point);
+    if (p.sum != nullptr) p.sum[m * groups + g] = sum;
+  }
+}
+
 template <class S>
 static void quantize_generic(const QuantizeParams& p, std::int64_t row_begin, std::int64_t row_end) {
-  const std::int64_t step = p.sum_group != 0 ? p.sum_group : (p.k_padded != 0 ? p.k_padded : 1);
-  const std::int64_t groups = p.sum_group != 0 ? (p.k + step - 1) / step : 1;
-  for (std::int64_t m = row_begin; m < row_end; ++m) {
-    const float* x = p.x + m * p.x_stride;
-    std::uint8_t* codes = p.codes + m * p.code_stride;
-    float scale = 1.0f;
-    std::int32_t zero_point = p.is_signed ? 0 : 128;
-    if (p.mode == QuantizeMode::static_scale) {
-      scale = p.scale[0];
-      zero_point = p.zero_point[0];
-    } else if (p.mode == QuantizeMode::affine) {
-      scale = affine_scale<S>(x, p.k, &zero_point);
-      p.scale[m] = scale;
-      p.zero_point[m] = zero_point;
-    } else if (p.scale_group == 0) {
-      scale = symmetric_scale<S>(x, 0, p.k);
-      p.scale[m] = scale;
-    }
-    if (groups == 0) convert<S>(p, x, codes, 0, 0, p.k_padded, scale, zero_point);  // only padding
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const std::int64_t begin = g * step, last = begin + step;
-      const std::int64_t end = last < p.k ? last : p.k;
-      // What follows the last group's end up to k_padded is padding, and that group's.
-      const std::int64_t padded_end = g + 1 < groups ? last : p.k_padded;
-      if (p.scale_group != 0) {
-        scale = symmetric_scale<S>(x, begin, end);
-        p.scale[m * groups + g] = scale;
-      }
-      const std::int32_t sum = convert<S>(p, x, codes, begin, end, padded_end, scale, zero_point);
-      if (p.sum != nullptr) p.sum[m * groups + g] = sum;
-    }
-  }
+  for (std::int64_t m = row_begin; m < row_end; ++m) quantize_row<S>(p, m, p.x + m * p.x_stride);
 }
 
 }  // namespace

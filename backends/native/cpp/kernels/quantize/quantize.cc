@@ -11,10 +11,11 @@ constexpr Kernel<QuantizeFunction> kKernels[] = {
 #undef SQC_QUANTIZE_KERNEL
 };
 
-Status check(const QuantizeParams& p) noexcept {
+}  // namespace
+
+Status quantize_check(const QuantizeParams& p) noexcept {
   const auto invalid = [](const char* what) { return Status::error(StatusCode::kInvalidArgument, "quantize: %s", what); };
   if (p.m < 0 || p.k < 0) return invalid("a size is negative");
-  if (p.x_stride < p.k) return invalid("x_stride is less than k");
   if (p.k_padded < p.k || p.code_stride < p.k_padded) return invalid("k <= k_padded <= code_stride does not hold");
   if (p.sum_group < 0 || p.sum_group % 16 != 0) return invalid("sum_group is not a multiple of 16");
   if (p.scale_group != 0 && p.scale_group != p.sum_group) return invalid("scale_group is neither 0 nor sum_group");
@@ -28,14 +29,15 @@ Status check(const QuantizeParams& p) noexcept {
   return Status::ok();
 }
 
-}  // namespace
-
 Span<const Kernel<QuantizeFunction>> quantize_kernels() noexcept { return kKernels; }
 
 const Kernel<QuantizeFunction>& quantize_kernel(Isa isa) noexcept { return first_kernel(kKernels, isa); }
 
 Status quantize(ThreadPool& pool, const Kernel<QuantizeFunction>& kernel, const QuantizeParams& params) noexcept {
-  SQC_RETURN_IF_ERROR(check(params));
+  if (params.x_stride < params.k) {
+    return Status::error(StatusCode::kInvalidArgument, "quantize: x_stride is less than k");
+  }
+  SQC_RETURN_IF_ERROR(quantize_check(params));
   // A row of 4096 floats takes about a microsecond: below a few of them, waking threads costs more.
   constexpr std::int64_t kSmall = 16384;
   if (params.m * params.k <= kSmall) {

@@ -51,6 +51,9 @@ using QuantizeFunction = void (*)(const QuantizeParams& params, std::int64_t beg
 Span<const Kernel<QuantizeFunction>> quantize_kernels() noexcept;
 const Kernel<QuantizeFunction>& quantize_kernel(Isa isa) noexcept;
 
+// What quantize checks but for x, for the families that quantize the rows they compute.
+Status quantize_check(const QuantizeParams& params) noexcept;
+
 // Checks the parameters and runs `kernel` on all rows.
 Status quantize(ThreadPool& pool, const Kernel<QuantizeFunction>& kernel, const QuantizeParams& params) noexcept;
 

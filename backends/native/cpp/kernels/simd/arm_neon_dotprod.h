@@ -62,6 +62,21 @@ struct Simd {
     return each_i([&](int i) { return vmaxq_s32(a.v[i], b.v[i]); });
   }
 
+  static SQC_INLINE I32 and_i(I32 a, I32 b) {
+    return each_i([&](int i) { return vandq_s32(a.v[i], b.v[i]); });
+  }
+  static SQC_INLINE I32 or_i(I32 a, I32 b) {
+    return each_i([&](int i) { return vorrq_s32(a.v[i], b.v[i]); });
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_left(I32 a) {
+    return each_i([&](int i) { return vshlq_n_s32(a.v[i], Bits); });
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_right(I32 a) {
+    return each_i([&](int i) { return vshrq_n_s32(a.v[i], Bits); });
+  }
+
   static SQC_INLINE F32 set_f(float x) {
     return each_f([&](int) { return vdupq_n_f32(x); });
   }
@@ -76,6 +91,15 @@ struct Simd {
   }
   static SQC_INLINE F32 to_float(I32 a) {
     return each_f([&](int i) { return vcvtq_f32_s32(a.v[i]); });
+  }
+  static SQC_INLINE F32 load_bf16(const std::uint16_t* p) {
+    return each_f([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+  }
+  static SQC_INLINE F32 add_f(F32 a, F32 b) {
+    return each_f([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
+  }
+  static SQC_INLINE F32 sub_f(F32 a, F32 b) {
+    return each_f([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
   }
   static SQC_INLINE F32 mul_f(F32 a, F32 b) {
     return each_f([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
@@ -92,6 +116,15 @@ struct Simd {
   }
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return each_f([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+  }
+  static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
+    return each_f([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]); });
+  }
+  static SQC_INLINE I32 as_int(F32 a) {
+    return each_i([&](int i) { return vreinterpretq_s32_f32(a.v[i]); });
+  }
+  static SQC_INLINE F32 as_float(I32 a) {
+    return each_f([&](int i) { return vreinterpretq_f32_s32(a.v[i]); });
   }
   static SQC_INLINE I32 round_i(F32 a) {
     return each_i([&](int i) { return vcvtnq_s32_f32(a.v[i]); });

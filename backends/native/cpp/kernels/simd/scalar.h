@@ -63,6 +63,22 @@ struct Simd {
     return each_i([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
 
+  static SQC_INLINE I32 and_i(I32 a, I32 b) {
+    return each_i([&](int i) { return a.v[i] & b.v[i]; });
+  }
+  static SQC_INLINE I32 or_i(I32 a, I32 b) {
+    return each_i([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_left(I32 a) {
+    return each_i([&](int i) { return wrap(bits(a.v[i]) << Bits); });
+  }
+  // Copies of the sign come in.
+  template <int Bits>
+  static SQC_INLINE I32 shift_right(I32 a) {
+    return each_i([&](int i) { return a.v[i] >> Bits; });
+  }
+
   static SQC_INLINE F32 set_f(float x) {
     return each_f([&](int) { return x; });
   }
@@ -70,6 +86,11 @@ struct Simd {
     return each_f([&](int i) { return p[i]; });
   }
   static SQC_INLINE void store_f(float* p, F32 a) { std::memcpy(p, a.v, sizeof a.v); }
+  static SQC_INLINE float float_of(std::uint32_t word) {
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
   static SQC_INLINE float from_half(std::uint16_t h) {
     const std::uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;
     std::uint32_t word;
@@ -92,6 +113,15 @@ struct Simd {
   static SQC_INLINE F32 to_float(I32 a) {
     return each_f([&](int i) { return static_cast<float>(a.v[i]); });
   }
+  static SQC_INLINE F32 load_bf16(const std::uint16_t* p) {
+    return each_f([&](int i) { return float_of(static_cast<std::uint32_t>(p[i]) << 16); });
+  }
+  static SQC_INLINE F32 add_f(F32 a, F32 b) {
+    return each_f([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static SQC_INLINE F32 sub_f(F32 a, F32 b) {
+    return each_f([&](int i) { return a.v[i] - b.v[i]; });
+  }
   static SQC_INLINE F32 mul_f(F32 a, F32 b) {
     return each_f([&](int i) { return a.v[i] * b.v[i]; });
   }
@@ -106,6 +136,21 @@ struct Simd {
   }
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return each_f([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  // a < b ? x : y
+  static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
+    return each_f([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+  }
+  // The same bits as the other type.
+  static SQC_INLINE I32 as_int(F32 a) {
+    I32 r;
+    std::memcpy(r.v, a.v, sizeof r.v);
+    return r;
+  }
+  static SQC_INLINE F32 as_float(I32 a) {
+    F32 r;
+    std::memcpy(r.v, a.v, sizeof r.v);
+    return r;
   }
   // To the nearest integer, halves to even. Lanes must lie within int32.
   static SQC_INLINE I32 round_i(F32 a) {

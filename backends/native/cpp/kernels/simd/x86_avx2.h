@@ -65,6 +65,21 @@ struct Simd {
     return {{_mm256_max_epi32(a.v[0], b.v[0]), _mm256_max_epi32(a.v[1], b.v[1])}};
   }
 
+  static SQC_INLINE I32 and_i(I32 a, I32 b) {
+    return {{_mm256_and_si256(a.v[0], b.v[0]), _mm256_and_si256(a.v[1], b.v[1])}};
+  }
+  static SQC_INLINE I32 or_i(I32 a, I32 b) {
+    return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}};
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_left(I32 a) {
+    return {{_mm256_slli_epi32(a.v[0], Bits), _mm256_slli_epi32(a.v[1], Bits)}};
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_right(I32 a) {
+    return {{_mm256_srai_epi32(a.v[0], Bits), _mm256_srai_epi32(a.v[1], Bits)}};
+  }
+
   static SQC_INLINE F32 set_f(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
   static SQC_INLINE F32 load_f(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
   static SQC_INLINE void store_f(float* p, F32 a) {
@@ -75,6 +90,18 @@ struct Simd {
     return {{_mm256_cvtph_ps(load128(p)), _mm256_cvtph_ps(load128(p + 8))}};
   }
   static SQC_INLINE F32 to_float(I32 a) { return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}}; }
+  static SQC_INLINE __m256 from_bf16(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static SQC_INLINE F32 load_bf16(const std::uint16_t* p) {
+    return {{from_bf16(load128(p)), from_bf16(load128(p + 8))}};
+  }
+  static SQC_INLINE F32 add_f(F32 a, F32 b) {
+    return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
+  }
+  static SQC_INLINE F32 sub_f(F32 a, F32 b) {
+    return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}};
+  }
   static SQC_INLINE F32 mul_f(F32 a, F32 b) {
     return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
   }
@@ -90,6 +117,12 @@ struct Simd {
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}};
   }
+  static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
+    return {{_mm256_blendv_ps(y.v[0], x.v[0], _mm256_cmp_ps(a.v[0], b.v[0], _CMP_LT_OQ)),
+             _mm256_blendv_ps(y.v[1], x.v[1], _mm256_cmp_ps(a.v[1], b.v[1], _CMP_LT_OQ))}};
+  }
+  static SQC_INLINE I32 as_int(F32 a) { return {{_mm256_castps_si256(a.v[0]), _mm256_castps_si256(a.v[1])}}; }
+  static SQC_INLINE F32 as_float(I32 a) { return {{_mm256_castsi256_ps(a.v[0]), _mm256_castsi256_ps(a.v[1])}}; }
   static SQC_INLINE I32 round_i(F32 a) { return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}}; }
   static SQC_INLINE I32 abs_bits(F32 a) {
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);

@@ -46,6 +46,17 @@ struct Simd {
   static SQC_INLINE I32 mul_i(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
   static SQC_INLINE I32 max_i(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
 
+  static SQC_INLINE I32 and_i(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+  static SQC_INLINE I32 or_i(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+  template <int Bits>
+  static SQC_INLINE I32 shift_left(I32 a) {
+    return _mm512_slli_epi32(a, Bits);
+  }
+  template <int Bits>
+  static SQC_INLINE I32 shift_right(I32 a) {
+    return _mm512_srai_epi32(a, Bits);
+  }
+
   static SQC_INLINE F32 set_f(float x) { return _mm512_set1_ps(x); }
   static SQC_INLINE F32 load_f(const float* p) { return _mm512_loadu_ps(p); }
   static SQC_INLINE void store_f(float* p, F32 a) { _mm512_storeu_ps(p, a); }
@@ -53,11 +64,22 @@ struct Simd {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static SQC_INLINE F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
+  static SQC_INLINE F32 load_bf16(const std::uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  static SQC_INLINE F32 add_f(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static SQC_INLINE F32 sub_f(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
   static SQC_INLINE F32 mul_f(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
   static SQC_INLINE F32 div_f(F32 a, F32 b) { return _mm512_div_ps(a, b); }
   static SQC_INLINE F32 fma_f(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   static SQC_INLINE F32 max_f(F32 a, F32 b) { return _mm512_max_ps(a, b); }
   static SQC_INLINE F32 min_f(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+  }
+  static SQC_INLINE I32 as_int(F32 a) { return _mm512_castps_si512(a); }
+  static SQC_INLINE F32 as_float(I32 a) { return _mm512_castsi512_ps(a); }
   static SQC_INLINE I32 round_i(F32 a) { return _mm512_cvtps_epi32(a); }
   static SQC_INLINE I32 abs_bits(F32 a) {
     return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
