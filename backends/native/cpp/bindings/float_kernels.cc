@@ -5,6 +5,8 @@
 
 #include "base/thread_pool.h"
 #include "bindings/common.h"
+#include "kernels/attention/attention.h"
+#include "kernels/kvcache/kvcache.h"
 #include "kernels/norm/norm.h"
 
 namespace sqc_python {
@@ -42,7 +44,11 @@ std::string norm(ThreadPool& pool, const std::optional<std::string>& isa, const 
 
 }  // namespace
 
-void list_float_kernels(nb::dict& families) { families["norm"] = kernel_list(sqc::norm_kernels()); }
+void list_float_kernels(nb::dict& families) {
+  families["norm"] = kernel_list(sqc::norm_kernels());
+  families["kvcache"] = kernel_list(sqc::kvcache_kernels());
+  families["attention"] = kernel_list(sqc::attention_kernels());
+}
 
 void bind_float_kernels(nb::module_& m) {
   m.def("norm", &norm, nb::arg("pool"), nb::arg("isa").none(), nb::arg("kind"), nb::arg("x"), nb::arg("weight").none(),
