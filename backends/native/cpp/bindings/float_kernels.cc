@@ -6,6 +6,7 @@
 #include "base/thread_pool.h"
 #include "bindings/common.h"
 #include "kernels/attention/attention.h"
+#include "kernels/fgemm/fgemm.h"
 #include "kernels/kvcache/kvcache.h"
 #include "kernels/norm/norm.h"
 
@@ -48,6 +49,7 @@ void list_float_kernels(nb::dict& families) {
   families["norm"] = kernel_list(sqc::norm_kernels());
   families["kvcache"] = kernel_list(sqc::kvcache_kernels());
   families["attention"] = kernel_list(sqc::attention_kernels());
+  families["fgemm"] = kernel_list(sqc::fgemm_kernels());
 }
 
 void bind_float_kernels(nb::module_& m) {

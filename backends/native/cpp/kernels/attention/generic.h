@@ -4,84 +4,12 @@
 #define SQC_KERNELS_ATTENTION_GENERIC_H_
 
 #include "kernels/attention/attention.h"
+#include "kernels/chain.h"
 #include "kernels/float_math.h"
 #include "kernels/lanes.h"
 
 namespace sqc {
 namespace {
-
-template <class S>
-static SQC_INLINE typename S::F32 load_kv(const float* p) {
-  return S::load_f(p);
-}
-template <class S>
-static SQC_INLINE typename S::F32 load_kv(const std::int8_t* p) {
-  return S::to_float(S::load_i8(p));
-}
-
-// Sixteen times Vectors columns of Rows rows of c: c += sum over i of a[r][i] * b[i], in ascending i. Column
-// vector w of b[i] lies at b + w * vector_stride + i * step. The product of both halves of attention.
-template <class S, int Rows, int Vectors, class T>
-static SQC_INLINE void chain(const float* a, std::int64_t a_stride, const T* b, std::int64_t vector_stride,
-                             std::int64_t step, std::int64_t count, float* c, std::int64_t c_stride) {
-  typename S::F32 sum[Rows][Vectors];
-  SQC_UNROLL for (int r = 0; r < Rows; ++r) {
-    SQC_UNROLL for (int w = 0; w < Vectors; ++w) sum[r][w] = S::load_f(c + r * c_stride + w * 16);
-  }
-  for (std::int64_t i = 0; i < count; ++i, b += step) {
-    typename S::F32 column[Vectors];
-    SQC_UNROLL for (int w = 0; w < Vectors; ++w) column[w] = load_kv<S>(b + w * vector_stride);
-    SQC_UNROLL for (int r = 0; r < Rows; ++r) {
-      const auto factor = S::set_f(a[r * a_stride + i]);
-      SQC_UNROLL for (int w = 0; w < Vectors; ++w) sum[r][w] = S::fma_f(factor, column[w], sum[r][w]);
-    }
-  }
-  SQC_UNROLL for (int r = 0; r < Rows; ++r) {
-    SQC_UNROLL for (int w = 0; w < Vectors; ++w) S::store_f(c + r * c_stride + w * 16, sum[r][w]);
-  }
-}
-
-template <class S, int Rows, int Vectors, class T>
-static void chain_block(const float* a, std::int64_t a_stride, const T* b, std::int64_t vectors,
-                        std::int64_t vector_stride, std::int64_t step, std::int64_t count, float* c,
-                        std::int64_t c_stride) {
-  std::int64_t w = 0;
-  for (; w + Vectors <= vectors; w += Vectors) {
-    chain<S, Rows, Vectors>(a, a_stride, b + w * vector_stride, vector_stride, step, count, c + w * 16, c_stride);
-  }
-  if constexpr (Vectors > 1) {
-    for (; w < vectors; ++w) {
-      chain<S, Rows, 1>(a, a_stride, b + w * vector_stride, vector_stride, step, count, c + w * 16, c_stride);
-    }
-  }
-}
-
-template <class S, int MaxRows, int Vectors, class T>
-static SQC_INLINE void chain_rows(std::int64_t rows, const float* a, std::int64_t a_stride, const T* b,
-                                  std::int64_t vectors, std::int64_t vector_stride, std::int64_t step,
-                                  std::int64_t count, float* c, std::int64_t c_stride) {
-  if constexpr (MaxRows > 1) {
-    if (rows < MaxRows) {
-      return chain_rows<S, MaxRows - 1, Vectors>(rows, a, a_stride, b, vectors, vector_stride, step, count, c, c_stride);
-    }
-  }
-  // One row alone needs several vectors to hide the latency of its chain, whatever the registers hold.
-  constexpr int kVectors = MaxRows == 1 && Vectors < 4 ? 4 : Vectors;
-  chain_block<S, MaxRows, kVectors>(a, a_stride, b, vectors, vector_stride, step, count, c, c_stride);
-}
-
-// All rows, in blocks that differ by at most one.
-template <class S, int MaxRows, int Vectors, class T>
-static void chain_all(std::int64_t rows, const float* a, std::int64_t a_stride, const T* b, std::int64_t vectors,
-                      std::int64_t vector_stride, std::int64_t step, std::int64_t count, float* c,
-                      std::int64_t c_stride) {
-  const std::int64_t blocks = (rows + MaxRows - 1) / MaxRows;
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    const std::int64_t r = rows * block / blocks;
-    chain_rows<S, MaxRows, Vectors>(rows * (block + 1) / blocks - r, a + r * a_stride, a_stride, b, vectors,
-                                    vector_stride, step, count, c + r * c_stride, c_stride);
-  }
-}
 
 // Where a row's mask begins; null without one.
 static SQC_INLINE const void* mask_row(const AttentionParams& p, std::int64_t batch, std::int64_t head, std::int64_t query) {
@@ -216,29 +144,28 @@ static void attention_tile(const AttentionParams& p, const AttentionTile& tile, 
     const T* v = values + j * row;
     if constexpr (sizeof(T) == 1) {
       if (tile.rows > MaxRows) {  // several blocks of rows: make floats of the codes once
-        for (std::int64_t i = 0; i < vectors * dim * 16; i += 16) S::store_f(key_block + i, load_kv<S>(k + i));
-        for (std::int64_t i = 0; i < count * row; i += 16) S::store_f(value_block + i, load_kv<S>(v + i));
+        for (std::int64_t i = 0; i < vectors * dim * 16; i += 16) S::store_f(key_block + i, load_as_float<S>(k + i));
+        for (std::int64_t i = 0; i < count * row; i += 16) S::store_f(value_block + i, load_as_float<S>(v + i));
       }
     }
     const bool as_floats = sizeof(T) == 1 && tile.rows > MaxRows;
-    if (as_floats) {
-      chain_all<S, MaxRows, Vectors>(tile.rows, state.query, dim, key_block, vectors, dim * 16, 16, dim, state.scores,
-                                     kAttentionKeyBlock);
-    } else {
-      chain_all<S, MaxRows, Vectors>(tile.rows, state.query, dim, k, vectors, dim * 16, 16, dim, state.scores,
-                                     kAttentionKeyBlock);
-    }
+    const auto multiply = [&](const float* from, std::int64_t from_stride, const T* b, const float* floats,
+                              std::int64_t b_vectors, std::int64_t vector_stride, std::int64_t step, std::int64_t steps,
+                              float* to, std::int64_t to_stride) {
+      if (as_floats) {
+        const Columns<float> columns = {floats, b_vectors, vector_stride, step};
+        chain_all<S, MaxRows, Vectors>(tile.rows, from, from_stride, columns, steps, to, to_stride);
+      } else {
+        const Columns<T> columns = {b, b_vectors, vector_stride, step};
+        chain_all<S, MaxRows, Vectors>(tile.rows, from, from_stride, columns, steps, to, to_stride);
+      }
+    };
+    multiply(state.query, dim, k, key_block, vectors, dim * 16, 16, dim, state.scores, kAttentionKeyBlock);
     for (std::int64_t r = 0; r < tile.rows; ++r) {
       const std::int64_t t = (tile.first + r) / group, h = head + (tile.first + r) % group;
       softmax_block<S>(p, state, r, k_scale, v_scale, mask_row(p, batch, h, t), j, vectors, limit_of(r), length);
     }
-    if (as_floats) {
-      chain_all<S, MaxRows, Vectors>(tile.rows, state.scores, kAttentionKeyBlock, value_block, row / 16, 16, row,
-                                     count, state.out, row);
-    } else {
-      chain_all<S, MaxRows, Vectors>(tile.rows, state.scores, kAttentionKeyBlock, v, row / 16, 16, row, count,
-                                     state.out, row);
-    }
+    multiply(state.scores, kAttentionKeyBlock, v, value_block, row / 16, 16, row, count, state.out, row);
   }
 
   for (std::int64_t r = 0; r < tile.rows; ++r) {
