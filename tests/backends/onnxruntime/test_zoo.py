@@ -62,7 +62,7 @@ def test_floating_point_models_agree(name: str, lower: Lower, load: Load) -> Non
     for inputs in _batches(entry, program, 2):
         for result, expected in zip(session.run(inputs), program.run(inputs), strict=True):
             # float32 in another order of operations, through a few dozen layers
-            scale = float(expected.abs().max())
+            scale = float(expected.detach().abs().max())
             torch.testing.assert_close(result, expected.detach(), rtol=0, atol=2e-6 * max(scale, 1e-3))
 
 
@@ -72,38 +72,41 @@ def test_quantized_models_agree(name: str, pipeline: str, lower: Lower, load: Lo
     """At most one step of 1/255 of the output's range, on 99.9 % of all outputs.
 
     A value that lies between two codes to the last bit of float32 may round either way, whoever computes
-    it. So a batch whose outputs move as far when the reference itself computes with that much noise is left
-    out: such a batch says nothing.
+    it. So an output that moves when the reference itself computes with that much noise is left out: it says
+    nothing. Most must speak.
     """
     entry = ZOO[name]
     program = _traced(entry)
     calibration = Calibration([entry.inputs(seed) for seed in range(3)], program.signature)
     PassManager(PIPELINES[pipeline]).run(program, PassContext(calibration=calibration))
     session = load(lower(program))
-    outside = total = judged = 0
+    outside = unsettled = total = 0
     for inputs in _batches(entry, program, 6):
         expected = program.run(inputs)
-        wrong = _outside(session.run(inputs), expected)
-        if wrong and any(_outside(_with_noise(program, inputs, seed), expected) for seed in range(8)):
-            continue
-        judged += 1
-        outside += wrong
-        total += sum(item.numel() for item in expected)
-    assert judged >= 3
+        wrong = _moved(session.run(inputs), expected, 1.01)
+        total += wrong.numel()
+        if wrong.any():
+            noisy = torch.zeros_like(wrong)
+            for seed in range(16):
+                noisy |= _moved(_with_noise(program, inputs, seed), expected, 0.5)
+            unsettled += int(noisy.sum())
+            wrong &= ~noisy
+        outside += int(wrong.sum())
     assert outside <= 0.001 * total
+    assert unsettled <= 0.2 * total
 
 
-def _outside(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> int:
-    """Return how many outputs are more than a step away."""
-    count = 0
+def _moved(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], steps: float) -> torch.Tensor:
+    """Return which of all outputs are more than so many steps away."""
+    parts = []
     for result, wanted in zip(results, expected, strict=True):
-        step = float(wanted.max() - wanted.min()) / 255
-        count += int(((result - wanted).abs() > 1.01 * step).sum())
-    return count
+        step = float(wanted.detach().max() - wanted.detach().min()) / 255
+        parts.append(((result - wanted).abs() > steps * step).flatten())
+    return torch.cat(parts)
 
 
 def _with_noise(program: Program, inputs: Sequence[Any], seed: int) -> list[torch.Tensor]:
-    """Run the reference with an error of the last bit in every floating-point result."""
+    """Run the reference with the rounding error of sums: a last bit of the largest value, in every result."""
     generator = torch.Generator().manual_seed(seed)
 
     class Noisy(fx.Interpreter):
@@ -113,7 +116,8 @@ def _with_noise(program: Program, inputs: Sequence[Any], seed: int) -> list[torc
                 return value
             if value.dtype != torch.float32 or value.dim() < 2:
                 return value
-            return value * (1 + 8e-8 * torch.randn(value.shape, generator=generator))
+            bound = torch.finfo(torch.float32).eps / 2 * float(value.abs().max())
+            return value + bound * torch.randn(value.shape, generator=generator)
 
     with torch.no_grad():
         return list(Noisy(program.graph_module).run(*inputs))
