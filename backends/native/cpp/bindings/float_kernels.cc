@@ -5,10 +5,13 @@
 
 #include "base/thread_pool.h"
 #include "bindings/common.h"
+#include "kernels/activation/activation.h"
 #include "kernels/attention/attention.h"
 #include "kernels/fgemm/fgemm.h"
 #include "kernels/kvcache/kvcache.h"
 #include "kernels/norm/norm.h"
+#include "kernels/rope/rope.h"
+#include "kernels/softmax/softmax.h"
 
 namespace sqc_python {
 namespace {
@@ -50,6 +53,9 @@ void list_float_kernels(nb::dict& families) {
   families["kvcache"] = kernel_list(sqc::kvcache_kernels());
   families["attention"] = kernel_list(sqc::attention_kernels());
   families["fgemm"] = kernel_list(sqc::fgemm_kernels());
+  families["activation"] = kernel_list(sqc::activation_kernels());
+  families["softmax"] = kernel_list(sqc::softmax_kernels());
+  families["rope"] = kernel_list(sqc::rope_kernels());
 }
 
 void bind_float_kernels(nb::module_& m) {

@@ -81,7 +81,7 @@ static SQC_INLINE typename S::F32 sigmoid_f(typename S::F32 x) {
   return S::div_f(S::select_less(x, S::set_f(0.0f), e, one), S::add_f(one, e));
 }
 
-// Within 3 ulp: x + x^3 P(x^2) near zero, where 1 - exp(-2|x|) would cancel.
+// Within 2 ulp: x + x^3 P(x^2) near zero, where 1 - exp(-2|x|) would cancel.
 template <class S>
 static SQC_INLINE typename S::F32 tanh_f(typename S::F32 x) {
   const auto one = S::set_f(1.0f);
@@ -97,7 +97,7 @@ static SQC_INLINE typename S::F32 tanh_f(typename S::F32 x) {
   return S::select_less(a, S::set_f(0.625f), small, or_bits<S>(large, sign_bit<S>(x)));
 }
 
-// The share of a normal distribution below x, (1 + erf(x / sqrt(2))) / 2: within 4 ulp down to x = -13, and 0
+// The share of a normal distribution below x, (1 + erf(x / sqrt(2))) / 2: within 7 ulp down to x = -13, and 0
 // below. With t = |x| and u = 1 / (1 + 0.3 t), the tail is exp(-t^2 / 2) u P(u): no cancellation on the
 // negative side, where 1 + erf loses all digits.
 template <class S>

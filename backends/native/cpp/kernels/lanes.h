@@ -28,13 +28,13 @@ static SQC_INLINE void store_lanes(float* p, std::int64_t count, typename S::F32
   for (std::int64_t i = 0; i < count; ++i) p[i] = lanes[i];
 }
 
-// The first `count` lanes of v, zeros after them.
+// The first `count` lanes of v, `rest` after them.
 template <class S>
-static SQC_INLINE typename S::F32 keep_lanes(typename S::F32 v, std::int64_t count) {
+static SQC_INLINE typename S::F32 keep_lanes(typename S::F32 v, std::int64_t count, float rest = 0.0f) {
   if (count >= 16) return v;
   float lanes[16];
   S::store_f(lanes, v);
-  for (std::int64_t i = count; i < 16; ++i) lanes[i] = 0.0f;
+  for (std::int64_t i = count; i < 16; ++i) lanes[i] = rest;
   return S::load_f(lanes);
 }
 
@@ -45,6 +45,17 @@ static SQC_INLINE float sum_lanes(typename S::F32 v) {
   S::store_f(lanes, v);
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// The largest lane that is not NaN; where zeros of both signs are largest, either of them.
+template <class S>
+static SQC_INLINE float largest_lane(typename S::F32 v) {
+  float lanes[16];
+  S::store_f(lanes, v);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
   }
   return lanes[0];
 }

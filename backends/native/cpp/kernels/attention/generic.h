@@ -42,16 +42,6 @@ static SQC_INLINE typename S::F32 mask_scores(const AttentionParams& p, typename
   return score;
 }
 
-template <class S>
-static SQC_INLINE float largest_lane(typename S::F32 v) {
-  float lanes[16];
-  S::store_f(lanes, v);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  }
-  return lanes[0];
-}
-
 // What a tile keeps while it passes over the keys.
 struct AttentionState {
   float* query;    // [rows][head_dim], scaled

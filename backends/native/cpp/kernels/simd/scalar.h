@@ -91,6 +91,11 @@ struct Simd {
     std::memcpy(&value, &word, sizeof value);
     return value;
   }
+  static SQC_INLINE std::uint32_t word_of(float value) {
+    std::uint32_t word;
+    std::memcpy(&word, &value, sizeof word);
+    return word;
+  }
   static SQC_INLINE float from_half(std::uint16_t h) {
     const std::uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;
     std::uint32_t word;
@@ -141,16 +146,13 @@ struct Simd {
   static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
     return each_f([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
   }
-  // The same bits as the other type.
+  // The same bits as the other type. Lane by lane: of whole arrays copied to the other type, gcc 12 for Arm
+  // lost some lanes at -O3.
   static SQC_INLINE I32 as_int(F32 a) {
-    I32 r;
-    std::memcpy(r.v, a.v, sizeof r.v);
-    return r;
+    return each_i([&](int i) { return wrap(word_of(a.v[i])); });
   }
   static SQC_INLINE F32 as_float(I32 a) {
-    F32 r;
-    std::memcpy(r.v, a.v, sizeof r.v);
-    return r;
+    return each_f([&](int i) { return float_of(bits(a.v[i])); });
   }
   // To the nearest integer, halves to even. Lanes must lie within int32.
   static SQC_INLINE I32 round_i(F32 a) {
