@@ -12,7 +12,7 @@ from sqcompile.passes.canonicalize import (
     FoldConstants,
     RemoveNoops,
 )
-from sqcompile.passes.prune import ApplyMasks, MaskWeights
+from sqcompile.passes.prune import ApplyMasks, MaskWeights, RemoveChannels
 from sqcompile.passes.quantize import (
     Calibrate,
     CorrectBias,
@@ -39,6 +39,7 @@ __all__ = [
     "MaskWeights",
     "QuantizeWeights",
     "RelaxClamps",
+    "RemoveChannels",
     "RemoveNoops",
     "pipelines",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +137,10 @@ def _load_folder(path: Path) -> nn.Module:
             next_step=did_you_mean(name, [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
         )
     try:
-        model, loaded = kind.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        with _without_progress_bars(transformers):
+            model, loaded = kind.from_pretrained(
+                path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # of transformers, safetensors, PyTorch, and whatever they use
         raise FileError(
             f"The model in '{path}' cannot be loaded.",
@@ -159,6 +162,19 @@ def _load_folder(path: Path) -> nn.Module:
         model.config.use_cache = False  # a cache among the outputs is of no use without a session for it
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+@contextmanager
+def _without_progress_bars(transformers: Any) -> Iterator[None]:
+    """Keep transformers from drawing bars into output that is not its own."""
+    settings = transformers.utils.logging
+    shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            settings.enable_progress_bar()
 
 
 def _call_factory(text: str) -> Any:

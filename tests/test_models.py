@@ -142,6 +142,12 @@ class TestFolders:
         assert type(model).__name__ == "GPT2LMHeadModel" and not model.training and not model.config.use_cache
         assert next(model.parameters()).dtype is torch.float32
 
+    def test_draws_no_bars_of_its_own(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        from transformers.utils import logging
+
+        load_model(folder)
+        assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
+
     def test_dynamic_shapes(self, folder: Path) -> None:
         model = load_model(folder)
         inputs = {

@@ -16,6 +16,7 @@ from sqcompile.quantization.format import Format, PerChannel, PerTensor
 from sqcompile.quantization.observers import Fixed, HistogramMSE, MinMax, Observer
 from sqcompile.quantization.placement import Watch, origin, place, takes_elements
 from sqcompile.quantization.scheme import Override, Site, choose_formats, sites_of, weight_format
+from sqcompile.quantization.stored import weight_tensor
 from sqcompile.rewrite import Rewriter
 from sqcompile.text import locate
 
@@ -111,7 +112,7 @@ class InsertObservers(Pass):
     def _observe_weight(self, edit: Rewriter, site: Site, format: Format, context: PassContext) -> int:
         layer = site.layer
         assert layer is not None and site.operator.weight is not None
-        shape = tuple(edit.program.tensor(layer.weight).shape)
+        shape = tuple(weight_tensor(edit.program, layer).shape)
         format, reason = weight_format(layer, format, shape)
         if reason is not None:
             context.remark(site.node, reason)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sqcompile import Level, Program, trace
-from sqcompile.errors import PassOptionError, SelectionError
+from sqcompile.errors import InputError, PassOptionError, SelectionError
 from sqcompile.passes import InsertObservers
 from sqcompile.pipeline import PassContext, PassManager, parse_pass
 from sqcompile.quantization import Fixed, Format, HistogramMSE, MinMax, Percentile
@@ -357,3 +357,12 @@ def test_reads_and_writes_its_options_as_text() -> None:
         formats=(("kind:head", "float"), ("re:^fc", Format.parse("int8"))),
     )
     assert parse_pass(str(item)) == item
+
+
+def test_refuses_weights_that_are_not_finite() -> None:
+    model = settled(nn.Linear(4, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight[0, 1] = float("nan")
+    program = trace(model, (values(3, 4),))
+    with pytest.raises(InputError, match=r"(?s)not finite.*layer '1', tensor @1.weight.*1 of 4 weights"):
+        InsertObservers().run(program, PassContext())
