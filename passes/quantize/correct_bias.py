@@ -62,7 +62,7 @@ class CorrectBias(Pass):
         if not chosen:
             return PassResult()
         simulation = Simulation(program)
-        batches = self._batches(simulation, context)
+        batches = simulation.batches(context, self.max_bytes, "correcting biases: reading")
         wanted = _float_means(program, batches, chosen)
         shifts: dict[fx.Node, Tensor] = {}
 
@@ -77,7 +77,7 @@ class CorrectBias(Pass):
             shift = _beside(shifts[node], layer).to(values[0].dtype)
             return [value + shift for value in values]
 
-        simulation.run(batches, correct, progress=context.progress)
+        simulation.run(batches, after=correct, progress=context.progress, purpose="correcting biases")
         edit = Rewriter(program, self.name)
         for node, shift in shifts.items():
             _shift_bias(edit, chosen[node], shift)
@@ -94,23 +94,6 @@ class CorrectBias(Pass):
             context.remark(layer.node, "is not corrected: its bias is computed")
             return False
         return True
-
-    def _batches(self, simulation: Simulation, context: PassContext) -> list[Sequence[Any]]:
-        """Return as many batches as fit into memory while they advance together; at least one."""
-        budget = (
-            self.max_bytes if context.max_memory is None else min(self.max_bytes, context.max_memory // 2)
-        )
-        batches: list[Sequence[Any]] = []
-        for batch in context.batches("correcting biases: reading"):
-            if not batches:
-                room = budget // max(1, simulation.peak_bytes(batch))
-            if batches and len(batches) >= room:
-                context.remark(
-                    "program", f"is corrected with the first {len(batches)} batches: more exceed max-bytes"
-                )
-                break
-            batches.append(batch)
-        return batches
 
 
 class _Means:
