@@ -192,3 +192,86 @@ def norm(
     y: NDArray[np.float32],
     repeat: int = 1,
 ) -> str: ...
+def fgemm_packed_bytes(n: int, k: int, bf16: bool) -> int: ...
+def fgemm_scratch_bytes(m: int, bf16: bool) -> int: ...
+def fgemm_pack(b: NDArray[np.float32], bf16: bool, packed: NDArray[np.uint8]) -> None: ...
+def fgemm(
+    pool: ThreadPool,
+    isa: str | None,
+    a: NDArray[np.float32],
+    b: NDArray[np.uint8],
+    bf16: bool,
+    bias: NDArray[np.float32] | None,
+    c: NDArray[np.float32],
+    scratch: NDArray[np.uint8],
+    repeat: int = 1,
+) -> str: ...
+def kv_bytes(
+    batch: int, heads: int, capacity: int, head_dim: int, quantized: bool
+) -> tuple[int, int, int]: ...
+def kvcache(
+    pool: ThreadPool,
+    isa: str | None,
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    position: int,
+    capacity: int,
+    cache_k: NDArray[np.uint8],
+    cache_v: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+) -> str: ...
+def attention_scratch_count(head_dim: int) -> int: ...
+def attention(
+    pool: ThreadPool,
+    isa: str | None,
+    q: NDArray[np.float32],
+    kv_heads: int,
+    length: int,
+    position: int,
+    causal: bool,
+    scale: float,
+    allowed: NDArray[np.uint8] | None,
+    added: NDArray[np.float32] | None,
+    capacity: int,
+    cache_k: NDArray[np.uint8],
+    cache_v: NDArray[np.uint8],
+    cache_scale: NDArray[np.float32],
+    out: NDArray[np.float32],
+    scratch: NDArray[np.float32],
+    repeat: int = 1,
+) -> str: ...
+def activation(
+    pool: ThreadPool,
+    isa: str | None,
+    function: int,
+    x: NDArray[np.float32],
+    factor: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+    repeat: int = 1,
+) -> str: ...
+
+DTYPES: dict[str, int]
+LAYOUTS: dict[str, int]
+FORMAT_VERSION: int
+
+def operators() -> list[tuple[str, int]]: ...
+
+class Model:
+    @staticmethod
+    def open(path: str) -> Model: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> Model: ...
+    @property
+    def metadata(self) -> str: ...
+    @property
+    def steps(self) -> list[tuple[str, str]]: ...
+
+class Session:
+    def __new__(cls, model: Model, threads: int, isa: str | None) -> Session: ...
+    def run(self, inputs: list[NDArray[Any]]) -> list[NDArray[Any]]: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def memory_bytes(self) -> int: ...

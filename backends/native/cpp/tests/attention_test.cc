@@ -14,7 +14,7 @@ using sqc_tests::Random;
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr std::int64_t kCapacity = 192;
+constexpr std::int64_t kCapacity = 272;
 
 struct Options {
   std::int64_t batch, heads, kv_heads, queries, length, head_dim;
@@ -179,7 +179,7 @@ SQC_TEST(attention_tails) {
   Random random(51);
   for (const KvType type : {KvType::f32, KvType::s8}) {
     for (const std::int64_t head_dim : {1, 15, 16, 33, 64, 80}) {
-      for (const std::int64_t length : {0, 1, 16, 17, 63, 64, 65, 100}) {
+      for (const std::int64_t length : {0, 1, 16, 17, 64, 127, 128, 129, 272}) {
         const std::int64_t queries = length % 2 == 0 ? 1 : 3;
         check(Problem({1, 2, 1, queries, length, head_dim, true, true, AttentionMask::none, type}, random));
       }
@@ -191,7 +191,7 @@ SQC_TEST(attention_rows_of_a_tile) {
   Random random(52);
   for (const KvType type : {KvType::f32, KvType::s8}) {
     for (std::int64_t queries = 1; queries <= 27; ++queries) {
-      check(Problem({1, 1, 1, queries, 70, 20, true, true, AttentionMask::none, type}, random));
+      check(Problem({1, 1, 1, queries, 150, 20, true, true, AttentionMask::none, type}, random));
     }
   }
 }
@@ -203,7 +203,7 @@ SQC_TEST(attention_options) {
       for (const bool causal : {false, true}) {
         for (const bool heads_first : {false, true}) {
           for (const std::int64_t kv_heads : {1, 2, 6}) {
-            check(Problem({2, 6, kv_heads, 7, 85, 24, causal, heads_first, mask, type}, random));
+            check(Problem({2, 6, kv_heads, 7, 137, 24, causal, heads_first, mask, type}, random));
           }
         }
       }
@@ -214,7 +214,7 @@ SQC_TEST(attention_options) {
 SQC_TEST(attention_extreme_scores) {
   Random random(54);
   for (const float size : {1e-30f, 1e3f, 1e18f}) {
-    Problem p({1, 1, 1, 5, 90, 16, true}, random);
+    Problem p({1, 1, 1, 5, 190, 16, true}, random);
     for (float& x : p.q) x *= size;
     Array<float> expected(p.q.size());
     run(attention_scalar, p, expected);
@@ -243,7 +243,7 @@ SQC_TEST(attention_a_nan_stays_in_its_row) {
 SQC_TEST(attention_threads_do_not_change_a_bit) {
   Random random(56);
   for (const std::int64_t queries : {0, 1, 50}) {
-    const Problem p({2, 8, 2, queries, 130, 40, true, false}, random);
+    const Problem p({2, 8, 2, queries, 230, 40, true, false}, random);
     Array<float> expected(p.q.size());
     run(attention_scalar, p, expected);
     for (const int threads : {1, 2, 3, 7}) {
@@ -275,7 +275,7 @@ SQC_TEST(attention_refuses) {
   const std::int64_t negative = -1, too_long = kCapacity + 1;
   SQC_CHECK(refused([](AttentionParams& a) { a.heads = 5; }));
   SQC_CHECK(refused([](AttentionParams& a) { a.queries = -1; }));
-  SQC_CHECK(refused([](AttentionParams& a) { a.cache.capacity = 80; }));
+  SQC_CHECK(refused([](AttentionParams& a) { a.cache.capacity = 72; }));
   SQC_CHECK(refused([&](AttentionParams& a) { a.length = &negative; }));
   SQC_CHECK(refused([&](AttentionParams& a) { a.length = &too_long; }));
   SQC_CHECK(refused([&](AttentionParams& a) { a.position = &negative; }));

@@ -21,7 +21,6 @@ Status check(const AttentionParams& p) noexcept {
   if (p.cache.heads == 0 ? p.heads != 0 : p.heads % p.cache.heads != 0) {
     return invalid("the number of heads is not a multiple of that of key heads");
   }
-  if (p.cache.capacity % kAttentionKeyBlock != 0) return invalid("the capacity is not a multiple of 64");
   for (std::int64_t b = 0; b < (p.length_stride == 0 ? 1 : p.cache.batch); ++b) {
     const std::int64_t length = p.length[b * p.length_stride];
     if (length < 0 || length > p.cache.capacity) return invalid("a length is not between 0 and the capacity");
