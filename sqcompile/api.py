@@ -79,7 +79,7 @@ class Compiled:
         """Write the compiled model.
 
         Args:
-            path: A file, by suffix: `.onnx` (ONNX Runtime), `.pt2` (the program, for PyTorch); a path
+            path: A file, by suffix: `.onnx` (ONNX Runtime), `.sqm` (our engine), `.pt2` (PyTorch); a path
                 without suffix is a folder, which for language models also gets tokenizer and config.
 
         Returns:
@@ -172,7 +172,7 @@ def compile(
         dynamic_shapes: As `torch.export.export` takes it, or names: `{"x": {0: "batch"}}`. Folders of
             Hugging Face models get a dynamic batch and sequence by themselves, and modules with a data
             file a dynamic batch, unless they fix it.
-        backend: `auto`, `onnxruntime` or `reference`.
+        backend: `auto`, `native`, `onnxruntime` or `reference`.
         seed: Seed of everything random.
         max_memory: Cap on resident memory for passes that can obey one: bytes, or text such as `8GB`.
         work_dir: Folder for intermediate results, and for dumps when a pass fails.
@@ -281,7 +281,7 @@ def load(path: str | Path, threads: int | None = None) -> Session:
     """Load a saved artifact as a callable session.
 
     Args:
-        path: A file that `save` wrote (`.onnx`, `.pt2`), or the folder that holds it.
+        path: A file that `save` wrote (`.onnx`, `.sqm`, `.pt2`), or the folder that holds it.
         threads: Threads within an operator; None leaves the choice to the runtime.
 
     Raises:
@@ -423,7 +423,7 @@ def trace_any(
 def choose_backend(program: Program) -> tuple[Backend, str]:
     """Return the first backend that can run the whole program, and the reason for the choice."""
     reasons = []
-    for name in ("onnxruntime", "reference"):
+    for name in ("native", "onnxruntime", "reference"):
         try:
             backend = get_backend(name)
         except BackendError as error:

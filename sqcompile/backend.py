@@ -19,6 +19,7 @@ from sqcompile.signature import Signature
 _BACKENDS = {
     "reference": "sqcompile.backends.reference",
     "onnxruntime": "sqcompile.backends.onnxruntime",
+    "native": "sqcompile.backends.native.backend",
 }
 
 

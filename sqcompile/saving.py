@@ -15,7 +15,7 @@ from sqcompile.files import atomic_file, atomic_folder
 if TYPE_CHECKING:
     from sqcompile.api import Compiled
 
-SUFFIXES = {".onnx": "onnxruntime", ".pt2": "reference"}
+SUFFIXES = {".onnx": "onnxruntime", ".sqm": "native", ".pt2": "reference"}
 """Suffix of an artifact's main file -> the backend that writes and loads it."""
 
 # What a folder of Hugging Face has beside its weights that users of the compiled model need too.

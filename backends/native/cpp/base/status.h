@@ -16,6 +16,8 @@ enum class StatusCode : std::uint8_t {
   kUnsupported,      // right, but not here: this CPU or this build lacks it
   kOutOfMemory,
   kInternal,         // the system refused something that should work, such as starting a thread
+  kDamaged,          // a file is not what it should be: cut off, changed, or another kind
+  kNotFound,         // a file that cannot be opened
 };
 
 // Holds its text in itself, so that making one allocates nothing.

@@ -20,6 +20,7 @@
 #include "base/isa.h"
 #include "base/thread_pool.h"
 #include "bindings/common.h"
+#include "bindings/engine.h"
 #include "bindings/float_kernels.h"
 #include "kernels/machine/machine.h"
 #include "kernels/q4gemm/q4gemm.h"
@@ -455,4 +456,5 @@ NB_MODULE(_native, m) {
         "Reads whole units of 512 bytes once; the name of the kernel.");
   m.def("multiply_registers", &multiply_registers, nb::arg("pool"), nb::arg("isa").none(), nb::arg("steps"),
         "Runs dot products on registers on every thread; the operations done, two a multiply-add.");
+  sqc_python::bind_engine(m);
 }

@@ -1,0 +1,72 @@
+"""The native backend: Program -> plan -> `.sqm` file -> session of the C++ engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from torch import fx
+
+from sqcompile.backend import Artifact, Backend, Session
+from sqcompile.errors import BackendError
+from sqcompile.program import Program
+
+
+class NativeBackend(Backend):
+    """Lowers programs to plans, and runs them in the C++ engine."""
+
+    name: ClassVar[str] = "native"
+
+    def supports(self, program: Program, node: fx.Node) -> str | None:
+        """Return None if the engine can run the node, else the reason why not."""
+        from sqcompile.backends.native.lower import constant_nodes, reason_against
+
+        return reason_against(node, constant_nodes(program))
+
+    def unsupported(self, program: Program) -> list[tuple[fx.Node, str]]:
+        """Return every node that the engine cannot run, with the reason."""
+        from sqcompile.backends.native.lower import constant_nodes, reason_against
+
+        constants = constant_nodes(program)
+        reasons = [(node, reason_against(node, constants)) for node in program.compute_nodes()]
+        return [(node, reason) for node, reason in reasons if reason is not None]
+
+    def lower(self, program: Program) -> Artifact:
+        """Lower a program to a plan with packed weights.
+
+        Raises:
+            UnsupportedError: If it holds operators that the engine does not have; all are listed.
+            BackendError: If the program returns a number that is no tensor.
+        """
+        from sqcompile.backends.native.artifact import NativeArtifact
+        from sqcompile.backends.native.lower import lower
+
+        self.require_support(program)
+        plan, notes = lower(program)
+        return NativeArtifact(plan, notes)
+
+    def load(self, source: Artifact | Path, *, threads: int | None = None) -> Session:
+        """Load a plan, from memory or from its file.
+
+        Args:
+            source: The artifact, or the path of the `.sqm` file.
+            threads: Threads within an operator; None: one a core.
+
+        Raises:
+            FileError: If the file is missing, damaged, or another tool's.
+            BackendError: If the artifact is another backend's, or there cannot be so many threads.
+        """
+        from sqcompile.backends.native.artifact import NativeArtifact
+        from sqcompile.backends.native.session import load
+
+        if isinstance(source, Artifact) and not isinstance(source, NativeArtifact):
+            raise BackendError(
+                "The artifact belongs to another backend.",
+                seen=type(source).__name__,
+                expected=NativeArtifact.__name__,
+                next_step="load it with the backend that lowered it",
+            )
+        return load(source, threads)
+
+
+BACKEND = NativeBackend()

@@ -1,0 +1,159 @@
+#include "bindings/engine.h"
+
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "bindings/common.h"
+#include "engine/model.h"
+#include "engine/operators.h"
+#include "engine/session.h"
+
+namespace sqc_python {
+namespace {
+
+using sqc::DType;
+using sqc::Model;
+using sqc::Session;
+
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+// Types that cross between Python and a model.
+#define SQC_BOUND_DTYPES(X) \
+  X(f32, float) X(i64, std::int64_t) X(i32, std::int32_t) X(i8, std::int8_t) X(u8, std::uint8_t) X(boolean, bool)
+
+DType dtype_of(const AnyArray& array) {
+#define SQC_FROM_PYTHON(name, type) \
+  if (array.dtype() == nb::dtype<type>()) return DType::name;
+  SQC_BOUND_DTYPES(SQC_FROM_PYTHON)
+#undef SQC_FROM_PYTHON
+  throw nb::value_error("an input has a type that no model takes");
+}
+
+nb::dlpack::dtype to_python(DType dtype) {
+  switch (dtype) {
+#define SQC_TO_PYTHON(name, type) \
+  case DType::name: return nb::dtype<type>();
+    SQC_BOUND_DTYPES(SQC_TO_PYTHON)
+#undef SQC_TO_PYTHON
+    default: return nb::dtype<std::uint8_t>();
+  }
+}
+
+// A session that may be called from several threads: they take turns.
+class SharedSession {
+ public:
+  explicit SharedSession(std::unique_ptr<Session> session) : session_(std::move(session)) {}
+
+  std::vector<nb::ndarray<nb::numpy>> run(const std::vector<AnyArray>& inputs) {
+    std::vector<sqc::InputView> views;
+    for (const AnyArray& input : inputs) {
+      views.push_back({dtype_of(input), static_cast<int>(input.ndim()), input.shape_ptr(), input.data()});
+    }
+    std::vector<std::unique_ptr<std::uint8_t[]>> copies;
+    std::vector<sqc::Tensor> outputs;
+    {
+      const nb::gil_scoped_release release;
+      const std::lock_guard<std::mutex> turn(mutex_);
+      const Status status = session_->run({views.data(), views.size()});
+      if (!status.is_ok()) raise_unless_ok(status);
+      for (std::size_t i = 0; i < session_->plan().outputs.size(); ++i) {
+        const sqc::Tensor& output = session_->output(i);
+        const auto bytes = static_cast<std::size_t>(output.bytes());
+        copies.emplace_back(new std::uint8_t[bytes > 0 ? bytes : 1]);
+        if (bytes > 0) std::memcpy(copies.back().get(), output.data, bytes);
+        outputs.push_back(output);
+      }
+    }
+    std::vector<nb::ndarray<nb::numpy>> results;
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      std::uint8_t* data = copies[i].release();
+      const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<std::uint8_t*>(p); });
+      std::vector<std::size_t> shape(outputs[i].shape, outputs[i].shape + outputs[i].rank);
+      results.emplace_back(data, shape.size(), shape.data(), owner, nullptr, to_python(outputs[i].dtype));
+    }
+    return results;
+  }
+
+  int threads() const { return session_->threads(); }
+  const char* isa() const { return sqc::isa_name(session_->isa()); }
+  std::size_t memory_bytes() const { return session_->memory_bytes(); }
+
+ private:
+  std::mutex mutex_;
+  std::unique_ptr<Session> session_;
+};
+
+std::shared_ptr<const Model> open_model(const char* path) {
+  std::shared_ptr<const Model> model;
+  const nb::gil_scoped_release release;
+  raise_unless_ok(Model::open(path, &model));
+  return model;
+}
+
+std::shared_ptr<const Model> model_from_bytes(const nb::bytes& bytes) {
+  std::shared_ptr<const Model> model;
+  raise_unless_ok(Model::from_bytes({static_cast<const std::uint8_t*>(bytes.data()), bytes.size()}, &model));
+  return model;
+}
+
+std::unique_ptr<SharedSession> make_session(const std::shared_ptr<const Model>& model, int threads,
+                                            const std::optional<std::string>& isa) {
+  std::unique_ptr<Session> session;
+  raise_unless_ok(Session::create(model, threads, isa_called(isa), &session));
+  return std::make_unique<SharedSession>(std::move(session));
+}
+
+nb::str text(sqc::Span<const char> span) { return nb::str(span.data(), span.size()); }
+
+nb::list operators() {
+  nb::list list;
+  for (const sqc::OperatorInfo& info : sqc::all_operators()) list.append(nb::make_tuple(info.name, info.id));
+  return list;
+}
+
+// Names of the operators of a file, in order: what a report counts.
+nb::list steps(const Model& model) {
+  nb::list list;
+  for (const sqc::format::Operator& step : model.plan().operators) {
+    list.append(nb::make_tuple(sqc::find_operator(step.kind)->name,
+                               text(model.plan().name(step.name_offset, step.name_bytes))));
+  }
+  return list;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  m.def("operators", &operators, "(name, number) of each operator that a plan may hold.");
+#define SQC_DTYPE_NUMBER(name, number, bytes) dtypes[#name] = number;
+  nb::dict dtypes;
+  SQC_DTYPES(SQC_DTYPE_NUMBER)
+#undef SQC_DTYPE_NUMBER
+  m.attr("DTYPES") = dtypes;
+#define SQC_LAYOUT_NUMBER(name, number) layouts[#name] = number;
+  nb::dict layouts;
+  SQC_LAYOUTS(SQC_LAYOUT_NUMBER)
+#undef SQC_LAYOUT_NUMBER
+  m.attr("LAYOUTS") = layouts;
+  m.attr("FORMAT_VERSION") = sqc::format::kVersion;
+
+  nb::class_<Model>(m, "Model", "A checked .sqm file in memory.")
+      .def_static("open", &open_model, nb::arg("path"))
+      .def_static("from_bytes", &model_from_bytes, nb::arg("data"))
+      .def_prop_ro("metadata", [](const Model& model) { return text(model.plan().metadata); })
+      .def_prop_ro("steps", &steps, "(operator, where it came from), in order.");
+  nb::class_<SharedSession>(m, "Session", "A model with threads and memory of its own.")
+      .def(nb::new_(&make_session), nb::arg("model"), nb::arg("threads"), nb::arg("isa").none())
+      .def("run", &SharedSession::run, nb::arg("inputs"), "Outputs for contiguous arrays, one for each input.")
+      .def_prop_ro("threads", &SharedSession::threads)
+      .def_prop_ro("isa", &SharedSession::isa)
+      .def_prop_ro("memory_bytes", &SharedSession::memory_bytes, "Bytes of memory for tensors by now.");
+}
+
+}  // namespace sqc_python

@@ -1,0 +1,55 @@
+// The kernels of one instruction set, chosen when a session is made.
+
+#ifndef SQC_ENGINE_KERNELS_H_
+#define SQC_ENGINE_KERNELS_H_
+
+#include "base/isa.h"
+#include "kernels/activation/activation.h"
+#include "kernels/attention/attention.h"
+#include "kernels/fgemm/fgemm.h"
+#include "kernels/kvcache/kvcache.h"
+#include "kernels/norm/norm.h"
+#include "kernels/q4gemm/q4gemm.h"
+#include "kernels/q4sparse/q4sparse.h"
+#include "kernels/qblock/qblock.h"
+#include "kernels/qgemm/qgemm.h"
+#include "kernels/qsparse/qsparse.h"
+#include "kernels/quantize/quantize.h"
+#include "kernels/softmax/softmax.h"
+
+namespace sqc {
+
+struct Kernels {
+  explicit Kernels(Isa isa) noexcept
+      : isa(isa),
+        activation(activation_kernel(isa)),
+        attention(attention_kernel(isa)),
+        fgemm(fgemm_kernel(isa)),
+        kvcache(kvcache_kernel(isa)),
+        norm(norm_kernel(isa)),
+        quantize(quantize_kernel(isa)),
+        qgemm(qgemm_kernel(isa)),
+        q4gemm(q4gemm_kernel(isa)),
+        qsparse(qsparse_kernel(isa)),
+        q4sparse(q4sparse_kernel(isa)),
+        qblock(qblock_kernel(isa)),
+        softmax(softmax_kernel(isa)) {}
+
+  Isa isa;
+  Kernel<ActivationFunction> activation;
+  Kernel<AttentionFunction> attention;
+  Kernel<FgemmFunction> fgemm;
+  Kernel<KvcacheFunction> kvcache;
+  Kernel<NormFunction> norm;
+  Kernel<QuantizeFunction> quantize;
+  Kernel<QgemmFunction> qgemm;
+  Kernel<Q4gemmFunction> q4gemm;
+  Kernel<QsparseFunction> qsparse;
+  Kernel<Q4sparseFunction> q4sparse;
+  Kernel<QblockFunction> qblock;
+  Kernel<SoftmaxFunction> softmax;
+};
+
+}  // namespace sqc
+
+#endif  // SQC_ENGINE_KERNELS_H_

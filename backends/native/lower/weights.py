@@ -1,0 +1,256 @@
+"""Stored weights of products: read from a program, and packed for the kernel that suits them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from sqcompile.backends.native import kernels
+from sqcompile.backends.native.lower.context import Lowering, node_argument, tensor_of
+from sqcompile.backends.native.lower.quantized import Granularity
+from sqcompile.backends.native.plan import Value
+
+sq = torch.ops.sqcompile
+
+# From these fractions of zeros on a sparse form is chosen (../shared measurements: docs/kernels.md). Below
+# them the dense kernels read hardly more and compute faster.
+SPARSE_FROM = 0.3
+BLOCKS_FROM = 0.4
+
+_GROUPS = (128, 64, 32)
+_INT8 = np.iinfo(np.int8)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight as a matrix [N, K].
+
+    Attributes:
+        name: Name of the stored tensor.
+        values: Codes minus zero points, which fit 16 bits.
+        codes: The codes, from 0 on.
+        lowest: What code 0 stands for before the zero point is subtracted.
+        zero_point: [N, groups], as stored.
+        scale: [N, groups].
+        group_size: Inputs that share a scale; K for one scale an output.
+    """
+
+    name: str
+    codes: NDArray[np.int16]
+    lowest: int
+    highest: int
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int32]
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def values(self) -> NDArray[np.int16]:
+        """Codes minus zero points."""
+        zeros = np.repeat(self.zero_point, self.group_size, axis=1)[:, : self.codes.shape[1]]
+        return (self.codes - zeros).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in a kernel's form.
+
+    Attributes:
+        operator: The operator that multiplies by it.
+        arrays: Its constants, in the operator's order, without the bias (None: one that is left out).
+        ints: The operator's whole numbers.
+        group_size: Inputs that share an activation scale, for 4-bit products; 0 for 8-bit ones.
+        form: What it is, for people.
+    """
+
+    operator: str
+    arrays: tuple[Value | None, ...]
+    bias: Value | None
+    ints: tuple[int, ...]
+    group_size: int
+    form: str
+
+
+def stored_weight(context: Lowering, node: fx.Node, outputs_axis: int) -> StoredWeight | None:
+    """Return the quantized weight that a node stands for, or None if it is none.
+
+    Args:
+        context: The plan under construction.
+        node: The weight as an operator takes it.
+        outputs_axis: Which axis of it holds outputs.
+    """
+    if (
+        node.target is not sq.dequantize.default
+        or not context.is_constant(node)
+        or tensor_of(node).dim() != 2
+    ):
+        return None
+    parts = [context.constant(node_argument(node, position)) for position in range(3)]
+    if any(part is None for part in parts):
+        return None
+    codes, scale, zero_point = (part.numpy() for part in parts if part is not None)
+    how = Granularity.of(node, 3, 2)
+    if codes.dtype not in (np.int8, np.uint8):
+        return None
+    matrix = (codes if outputs_axis == 0 else codes.T).astype(np.int16)
+    n, k = matrix.shape
+    if how.axis is None:
+        group_size = k
+        scales, zeros = (np.broadcast_to(item.reshape(1, 1), (n, 1)) for item in (scale, zero_point))
+    elif how.axis == outputs_axis and how.group_size is None:
+        group_size = k
+        scales, zeros = (item.reshape(n, 1) for item in (scale, zero_point))
+    elif how.axis == 1 - outputs_axis and how.group_size is not None:
+        group_size = k if how.group_size == -1 else min(how.group_size, k)
+        scales, zeros = (item if outputs_axis == 0 else item.T for item in (scale, zero_point))
+    else:
+        return None
+    return StoredWeight(
+        name=str(node_argument(node, 0).target),
+        codes=matrix,
+        lowest=how.qmin,
+        highest=how.qmax,
+        scale=np.ascontiguousarray(scales, np.float32),
+        zero_point=np.ascontiguousarray(zeros, np.int32),
+        group_size=max(group_size, 1),
+    )
+
+
+def pack(context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None) -> PackedWeight | None:
+    """Pack a weight for the kernel that suits its format and its zeros; None if there is no such kernel."""
+    if weight.highest - weight.lowest < 16:
+        group = _kernel_group(weight)
+        return None if group is None else _pack_4bit(context, weight, bias, group)
+    if weight.scale.shape[1] != 1:
+        return None
+    values = weight.values
+    if values.size and (values.min() < _INT8.min or values.max() > _INT8.max):
+        return None
+    return _pack_8bit(context, values.astype(np.int8), weight.scale[:, 0], bias)
+
+
+def _kernel_group(weight: StoredWeight) -> int | None:
+    """Return the group size of the 4-bit kernels in which this weight can be written without a change."""
+    if weight.scale.shape[1] == 1:
+        # Any will do; the last group of a short row is mostly padding.
+        return next((group for group in reversed(_GROUPS) if group >= weight.shape[1]), _GROUPS[0])
+    return next((group for group in _GROUPS if weight.group_size % group == 0), None)
+
+
+def _pack_8bit(
+    context: Lowering, values: NDArray[np.int8], scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+) -> PackedWeight:
+    n, k = values.shape
+    zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
+    outputs = _block_outputs(values)
+    if outputs is not None:
+        blocks = kernels.pack_block_sparse_int8(values, scale, outputs, bias)
+        arrays: list[tuple[Any, str]] = [
+            (blocks.index, "qblock_index"),
+            (blocks.values, "qblock_values"),
+            (blocks.start, "qblock_start"),
+            (blocks.blocks_before, "panel_starts"),
+            (blocks.sum, "panels"),
+            (blocks.scale, "panels"),
+        ]
+        ints: tuple[int, ...] = (n, k, outputs, blocks.chunk)
+        return _packed(
+            context, "linear_q8_block", arrays, blocks.bias, ints, 0, f"int8 in {outputs}x4 blocks"
+        )
+    if zeros >= SPARSE_FROM:
+        sparse = kernels.pack_sparse_int8(values, scale, bias)
+        arrays = [
+            (sparse.masks, "qsparse_masks"),
+            (sparse.values, "qsparse_values"),
+            (sparse.value_start, "panel_starts"),
+            (sparse.sum, "panels"),
+            (sparse.scale, "panels"),
+        ]
+        return _packed(context, "linear_q8_sparse", arrays, sparse.bias, (n, k), 0, "int8, bitmask")
+    dense = kernels.pack_int8(values, scale, bias)
+    arrays = [(dense.tiles, "qgemm"), (dense.sum, "panels"), (dense.scale, "panels")]
+    return _packed(context, "linear_q8", arrays, dense.bias, (n, k), 0, "int8")
+
+
+def _block_outputs(values: NDArray[np.int8]) -> int | None:
+    """Return the largest block (outputs by 4 inputs) of which enough hold only zeros, or None."""
+    n, k = values.shape
+    for outputs in (16, 4, 1):
+        if n % outputs or k % 4 or not values.size:
+            continue
+        blocks = values.reshape(n // outputs, outputs, k // 4, 4).any(axis=(1, 3))
+        if 1 - np.count_nonzero(blocks) / blocks.size >= BLOCKS_FROM:
+            return outputs
+    return None
+
+
+def _pack_4bit(
+    context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, group: int
+) -> PackedWeight | None:
+    n, k = weight.shape
+    groups = -(-k // group)
+    repeats = max(weight.group_size // group, 1) if weight.scale.shape[1] > 1 else groups
+    scale = np.repeat(weight.scale, repeats, axis=1)[:, :groups]
+    zeros = np.repeat(weight.zero_point, repeats, axis=1)[:, :groups]
+    codes = (weight.codes - weight.lowest).astype(np.uint8)
+    # One zero point for all is a shift of the table; others are subtracted group by group.
+    shift = int(zeros.flat[0]) if zeros.size and (zeros == zeros.flat[0]).all() else None
+    table = np.clip(np.arange(16) + weight.lowest - (shift or 0), -127, 127).astype(np.int8)
+    half = _fits_half(scale)
+    if shift is not None:
+        keep = table[codes] != 0
+        if keep.size and 1 - np.count_nonzero(keep) / keep.size >= SPARSE_FROM:
+            sparse = kernels.pack_sparse_int4(codes, keep, table, scale, group, bias=bias, half_scales=half)
+            arrays: list[tuple[Any, str]] = [
+                (sparse.masks, "q4sparse_masks"),
+                (sparse.values, "q4sparse_values"),
+                (sparse.value_start, "panel_starts"),
+                (sparse.table, "plain"),
+                (sparse.scale, "group_panels"),
+            ]
+            form = f"4-bit, bitmask, groups of {group}"
+            return _packed(context, "linear_q4_sparse", arrays, sparse.bias, (n, k, group), group, form)
+    if shift is None and (abs(zeros) > _INT8.max).any():
+        return None
+    zero_point = None if shift is not None else zeros.astype(np.int8)
+    dense = kernels.pack_int4(codes, table, scale, group, zero_point=zero_point, bias=bias, half_scales=half)
+    arrays = [
+        (dense.codes, "q4gemm"),
+        (dense.table, "plain"),
+        (dense.scale, "group_panels"),
+        (dense.zero_point, "group_panels"),
+    ]
+    return _packed(
+        context, "linear_q4", arrays, dense.bias, (n, k, group), group, f"4-bit, groups of {group}"
+    )
+
+
+def _fits_half(scale: NDArray[np.float32]) -> bool:
+    """Whether half precision holds scales to 11 bits: none is too large for it, or too small."""
+    limits = np.finfo(np.float16)
+    return bool(((scale >= limits.tiny) & (scale <= limits.max)).all())
+
+
+def _packed(
+    context: Lowering,
+    operation: str,
+    arrays: list[tuple[Any, str]],
+    bias: NDArray[np.float32] | None,
+    ints: tuple[int, ...],
+    group_size: int,
+    form: str,
+) -> PackedWeight:
+    def store(array: Any, layout: str) -> Value | None:
+        return None if array is None else context.plan.add_constant(array, layout)
+
+    values = tuple(store(array, layout) for array, layout in arrays)
+    return PackedWeight(operation, values, store(bias, "panels"), ints, group_size, form)

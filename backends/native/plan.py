@@ -1,0 +1,173 @@
+"""A plan: what the C++ engine executes, before it becomes a file.
+
+A flat list of steps on values. Sizes are integers or sympy expressions in the program's symbols; the engine
+evaluates them when it sees a call. `cpp/engine/operators.inc` lists the operators, and beside each one's
+`prepare` in `cpp/engine/ops/` stand its operands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import sympy
+from numpy.typing import NDArray
+
+Size: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Size, ...]
+
+# The engine's name of each element type, and NumPy's.
+NUMPY_DTYPES: dict[str, Any] = {
+    "f32": np.float32,
+    "i64": np.int64,
+    "i32": np.int32,
+    "i8": np.int8,
+    "u8": np.uint8,
+    "boolean": np.bool_,
+    "f16": np.float16,
+    "u64": np.uint64,
+}
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items()}
+
+# Constants below this size are compared by content, so that equal ones are stored once.
+_COMPARED_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the plan.
+
+    Attributes:
+        index: Its number.
+        dtype: Element type, as in `NUMPY_DTYPES`.
+        shape: Sizes.
+        kind: `input`, `constant` or `computed`.
+        source: Number of the input or of the tensor.
+        layout: How a constant's bytes are arranged: `plain`, or a kernel's packed form.
+    """
+
+    index: int
+    dtype: str
+    shape: Shape
+    kind: str
+    source: int = 0
+    layout: str = "plain"
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operator and its operands."""
+
+    operator: str
+    inputs: tuple[Value | None, ...]
+    outputs: tuple[Value, ...]
+    ints: tuple[Size, ...] = ()
+    floats: tuple[float, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class SymbolRange:
+    """A size that a call decides: its name, and the sizes that it may have."""
+
+    name: str
+    low: int
+    high: int
+
+
+@dataclass
+class Plan:
+    """Steps, values, and the tensors that are stored with them.
+
+    Attributes:
+        symbols: What is known of each symbol in sizes.
+        values: All values, by number.
+        steps: Operators in the order of execution.
+        tensors: Stored arrays.
+        inputs: (name, value) of each tensor that a call passes.
+        outputs: (name, value) of each tensor that a call returns.
+        metadata: Text that is kept with the plan; the engine does not read it.
+    """
+
+    symbols: dict[sympy.Symbol, SymbolRange] = field(default_factory=dict)
+    values: list[Value] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    tensors: list[NDArray[Any]] = field(default_factory=list)
+    inputs: list[tuple[str, Value]] = field(default_factory=list)
+    outputs: list[tuple[str, Value]] = field(default_factory=list)
+    metadata: str = ""
+    _known: dict[tuple[Any, ...], Value] = field(default_factory=dict, repr=False)
+
+    def add_input(self, name: str, dtype: str, shape: Shape) -> Value:
+        """Add a tensor that a call passes."""
+        value = self._add(dtype, shape, "input", len(self.inputs))
+        self.inputs.append((name, value))
+        return value
+
+    def add_constant(self, array: NDArray[Any], layout: str = "plain") -> Value:
+        """Add a stored array; equal small ones are one."""
+        array = np.asarray(array, order="C")
+        key: tuple[Any, ...] = (layout, array.dtype.str, array.shape)
+        if array.nbytes <= _COMPARED_BYTES:
+            key = (*key, array.tobytes())
+            if key in self._known:
+                return self._known[key]
+        value = self._add(DTYPE_NAMES[array.dtype], array.shape, "constant", len(self.tensors), layout)
+        self.tensors.append(array)
+        if array.nbytes <= _COMPARED_BYTES:
+            self._known[key] = value
+        return value
+
+    def add_step(
+        self,
+        operator: str,
+        inputs: Iterable[Value | None],
+        outputs: Sequence[tuple[str, Shape]],
+        ints: Iterable[Size] = (),
+        floats: Iterable[float] = (),
+        name: str = "",
+    ) -> list[Value]:
+        """Add an operator; its outputs are of these types and shapes."""
+        made = [self._add(dtype, shape, "computed") for dtype, shape in outputs]
+        self.steps.append(Step(operator, tuple(inputs), tuple(made), tuple(ints), tuple(floats), name))
+        return made
+
+    def _add(self, dtype: str, shape: Shape, kind: str, source: int = 0, layout: str = "plain") -> Value:
+        value = Value(len(self.values), dtype, tuple(shape), kind, source, layout)
+        self.values.append(value)
+        return value
+
+    def without_dead_steps(self) -> Plan:
+        """Return the plan with only what its outputs depend on, numbered anew."""
+        needed = {value for _, value in self.outputs}
+        kept: list[Step] = []
+        for step in reversed(self.steps):
+            if needed.isdisjoint(step.outputs):
+                continue
+            kept.append(step)
+            needed.update(value for value in step.inputs if value is not None)
+        result = Plan(symbols=self.symbols, metadata=self.metadata)
+        renamed: dict[Value, Value] = {}
+        for name, value in self.inputs:
+            renamed[value] = result.add_input(name, value.dtype, value.shape)
+
+        def rename(value: Value) -> Value:
+            if value not in renamed:
+                assert value.kind == "constant"
+                renamed[value] = result.add_constant(self.tensors[value.source], value.layout)
+            return renamed[value]
+
+        for step in reversed(kept):
+            inputs = [None if value is None else rename(value) for value in step.inputs]
+            outputs = [(value.dtype, value.shape) for value in step.outputs]
+            made = result.add_step(step.operator, inputs, outputs, step.ints, step.floats, step.name)
+            renamed.update(zip(step.outputs, made, strict=True))
+        result.outputs = [(name, rename(value)) for name, value in self.outputs]
+        return result
