@@ -12,7 +12,14 @@ from sqcompile.passes.canonicalize import (
     FoldConstants,
     RemoveNoops,
 )
-from sqcompile.passes.prune import ApplyMasks, MaskWeights, RemoveChannels
+from sqcompile.passes.prune import (
+    ApplyMasks,
+    MaskWeights,
+    RemoveChannels,
+    RemoveHeads,
+    RemoveLayers,
+    RemoveNeurons,
+)
 from sqcompile.passes.quantize import (
     Calibrate,
     CorrectBias,
@@ -40,6 +47,9 @@ __all__ = [
     "QuantizeWeights",
     "RelaxClamps",
     "RemoveChannels",
+    "RemoveHeads",
+    "RemoveLayers",
+    "RemoveNeurons",
     "RemoveNoops",
     "pipelines",
 ]

@@ -3,5 +3,8 @@
 from sqcompile.passes.prune.apply_masks import ApplyMasks
 from sqcompile.passes.prune.mask_weights import MaskWeights
 from sqcompile.passes.prune.remove_channels import RemoveChannels
+from sqcompile.passes.prune.remove_heads import RemoveHeads
+from sqcompile.passes.prune.remove_layers import RemoveLayers
+from sqcompile.passes.prune.remove_neurons import RemoveNeurons
 
-__all__ = ["ApplyMasks", "MaskWeights", "RemoveChannels"]
+__all__ = ["ApplyMasks", "MaskWeights", "RemoveChannels", "RemoveHeads", "RemoveLayers", "RemoveNeurons"]
