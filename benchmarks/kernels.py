@@ -218,11 +218,11 @@ class Products:
         w = kernels.pack_int8(self.int8_matrix(), self.scale)
         return self.call8(_native.qgemm), {"b": w.tiles, "b_sum": w.sum, "b_scale": w.scale}
 
-    def int4(self) -> tuple[Callable[..., object], dict[str, Any]]:
-        codes = self.random.integers(0, 16, (self.n, self.k), np.uint8)
-        w = kernels.pack_int4(codes, NF4, self.group_scale, GROUP)
+    def int4(self, bits: int = 4) -> tuple[Callable[..., object], dict[str, Any]]:
+        codes = self.random.integers(0, 2**bits, (self.n, self.k), np.uint8)
+        w = kernels.pack_int4(codes, NF4[: 2**bits], self.group_scale, GROUP, bits=bits)
         arrays = {"b": w.codes, "table": w.table, "b_scale": w.scale.view(np.uint16)}
-        return self.call4(_native.q4gemm, b_zero=None), arrays
+        return self.call4(_native.q4gemm, b_zero=None, bits=bits), arrays
 
     def sparse_int8(self, sparsity: float) -> tuple[Callable[..., object], dict[str, Any]]:
         w = kernels.pack_sparse_int8(self.int8_matrix(self.zeros(sparsity)), self.scale)
@@ -287,6 +287,8 @@ def decode(pool: kernels.ThreadPool, isa: str | None, in_cache: bool, m: int = 1
     makers: list[tuple[str, str | None, tuple[Callable[..., object], dict[str, Any]]]] = [
         ("int8", None, products.int8()),
         ("int4", None, products.int4()),
+        ("int3", "int4", products.int4(3)),
+        ("int2", "int4", products.int4(2)),
         ("int8, 50 % bitmask", "int8", products.sparse_int8(0.5)),
         ("int8, 70 % bitmask", "int8", products.sparse_int8(0.7)),
         ("int8, 90 % bitmask", "int8", products.sparse_int8(0.9)),
@@ -322,6 +324,8 @@ def prefill(pool: kernels.ThreadPool, isa: str | None) -> list[Contender]:
     runs = [
         ("int8", bind(products.int8())),
         ("int4", bind(products.int4())),
+        ("int3", bind(products.int4(3))),
+        ("int2", bind(products.int4(2))),
         ("int8, 50 % bitmask", bind(products.sparse_int8(0.5))),
         ("int4, 50 % bitmask", bind(products.sparse_int4(0.5))),
     ]

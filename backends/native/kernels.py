@@ -112,7 +112,7 @@ class Int8Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Weight:
-    """A matrix [N, K] of 4-bit codes with a table and group scales, in the order of q4gemm.h."""
+    """A matrix [N, K] of 4-, 3- or 2-bit codes with a table and group scales, in the order of q4gemm.h."""
 
     n: int
     k: int
@@ -122,6 +122,7 @@ class Int4Weight:
     scale: NDArray[Any]
     zero_point: NDArray[np.int8] | None
     bias: Floats | None
+    bits: int = 4
 
     @property
     def size_bytes(self) -> int:
@@ -338,34 +339,39 @@ def pack_int4(
     zero_point: NDArray[np.int8] | None = None,
     bias: Floats | None = None,
     half_scales: bool = True,
+    bits: int = 4,
 ) -> Int4Weight:
-    """Pack 4-bit codes for `int4_matmul`.
+    """Pack codes of 4, 3 or 2 bits for `int4_matmul`.
 
-    The matrix is (table[codes] - zero_point) * scale, by groups along K. `table` holds any sixteen
-    integers -127..127: -8..7 is plain int4, NF4 and fitted codebooks are tables scaled to 127.
+    The matrix is (table[codes] - zero_point) * scale, by groups along K. `table` holds any integers
+    -127..127, one for each code: -8..7 is plain int4, NF4 and fitted codebooks are tables scaled to 127.
 
-    Shapes: codes [N, K], 0..15; table [16]; scale and zero_point [N, ceil(K / group_size)]; bias [N].
+    Shapes: codes [N, K], 0..2^bits - 1; table [2^bits]; scale and zero_point
+    [N, ceil(K / group_size)]; bias [N].
 
     Raises:
-        InputError: A shape or dtype is wrong, a code is over 15, a table entry is -128.
-        FormatError: The group size is not 32, 64 or 128.
+        InputError: A shape or dtype is wrong, a code is too large, a table entry is -128.
+        FormatError: The group size is not 32, 64 or 128, or the bits are not 2, 3 or 4.
     """
+    if bits not in (2, 3, 4):
+        raise FormatError("codes have 2, 3 or 4 bits", seen=bits)
     codes = _matrix(codes, np.uint8, "codes")
     n, k = codes.shape
     _check_group_size(group_size)
-    packed = _allocate(_native.q4gemm_packed_bytes(n, k, group_size), np.uint8)
-    _run(_native.q4gemm_pack, codes, group_size, packed)
+    packed = _allocate(_native.q4gemm_packed_bytes(n, k, group_size, bits), np.uint8)
+    _run(_native.q4gemm_pack, codes, group_size, packed, bits)
     return Int4Weight(
         n=n,
         k=k,
         group_size=group_size,
         codes=packed,
-        table=_table(table),
+        table=_table(table, bits),
         scale=_group_scales(scale, n, k, group_size, half_scales),
         zero_point=None
         if zero_point is None
         else _by_group(zero_point, n, k, group_size, np.int8, "zero_point"),
         bias=_optional_bias(bias, n),
+        bits=bits,
     )
 
 
@@ -379,7 +385,7 @@ def int4_matmul(
     isa: str | None = None,
     pool: ThreadPool | None = None,
 ) -> Floats:
-    """Multiply signed 8-bit rows by a 4-bit weight: clamp(dequantize(a) @ dequantize(weight).T + bias).
+    """Multiply signed 8-bit rows by a 4-, 3- or 2-bit weight: clamp(dequantize(a) @ dequantize(weight).T + bias).
 
     The activations need sums by the weight's groups, and one scale a row or one a group.
 
@@ -409,6 +415,8 @@ def int4_matmul(
         high,
         out,
         _int4_scratch(pool, len(a.codes), weight.k, weight.group_size),
+        1,  # once
+        weight.bits,
     )
     return out
 
@@ -773,15 +781,17 @@ def _check_group_size(group_size: int) -> None:
         raise FormatError("4-bit groups have 32, 64 or 128 columns", seen=group_size)
 
 
-def _table(table: NDArray[np.int8] | Sequence[int]) -> NDArray[np.int8]:
+def _table(table: NDArray[np.int8] | Sequence[int], bits: int = 4) -> NDArray[np.int8]:
+    """Check a table of 2^bits entries and repeat it to sixteen."""
     values = np.asarray(table)
-    if values.shape != (16,) or values.dtype.kind not in "iu" or abs(values.astype(np.int64)).max() > 127:
+    fits = values.shape == (2**bits,) and values.dtype.kind in "iu"
+    if not fits or abs(values.astype(np.int64)).max() > 127:
         raise InputError(
-            "a 4-bit table holds sixteen integers",
+            f"a {bits}-bit table holds {'sixteen' if bits == 4 else 2**bits} integers",
             seen=f"{values.dtype} {values.tolist()}",
             expected="-127..127",
         )
-    return values.astype(np.int8)
+    return np.resize(values.astype(np.int8), 16)
 
 
 def _check_int8_rows(a: QuantizedRows, k: int) -> None:

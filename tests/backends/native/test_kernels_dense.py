@@ -264,6 +264,29 @@ def test_empty_int4_product(isa: str, m: int, n: int, k: int) -> None:
     assert np.array_equal(kernels.int4_matmul(rows, weight, isa=isa), np.ones((m, n), np.float32))
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("m", [1, 7])
+def test_products_of_fewer_bits(m: int, bits: int) -> None:
+    generator = random(18)
+    codes = generator.integers(0, 2**bits, (37, 200), np.uint8)
+    table = generator.integers(-127, 128, 2**bits).astype(np.int8)
+    scale = generator.uniform(0.01, 0.1, (37, 4)).astype(np.float16).astype(np.float32)
+    packed = kernels.pack_int4(codes, table, scale, 64, bits=bits)
+    # Whole panels and groups, half scales, and the table.
+    assert packed.size_bytes == 48 * 256 * bits // 8 + 48 * 4 * 2 + 16
+    rows = kernels.quantize_rows(random_rows(19, m, 200), sum_group_size=64)
+    results = [kernels.int4_matmul(rows, packed, isa=isa) for isa in ISAS]
+    expected = int4_reference(rows, codes, table.tolist(), scale, None, 64)
+    assert np.abs(results[0] - expected).max() <= 1e-6 * (1 + np.abs(expected).max())  # as above
+    assert all(same_bits(result, results[0]) for result in results)
+    with pytest.raises(InputError, match=f"over {2**bits - 1}"):
+        kernels.pack_int4(codes + np.uint8(1), table, scale, 64, bits=bits)
+    with pytest.raises(InputError, match=f"{bits}-bit table holds {2**bits} integers"):
+        kernels.pack_int4(codes, NF4, scale, 64, bits=bits)
+    with pytest.raises(FormatError, match="2, 3 or 4 bits"):
+        kernels.pack_int4(codes, NF4, scale, 64, bits=5)
+
+
 def test_int4_threads_do_not_change_a_bit() -> None:
     codes = random(14).integers(0, 16, (200, 320), np.uint8)
     weight = kernels.pack_int4(codes, NF4, random(15).uniform(0.1, 1, (200, 5)).astype(np.float32), 64)

@@ -224,11 +224,11 @@ std::string qsparse(ThreadPool& pool, const std::optional<std::string>& isa, std
   return kernel.name;
 }
 
-void q4gemm_pack(Matrix<const std::uint8_t> codes, std::int64_t group, Vector<std::uint8_t> packed) {
+void q4gemm_pack(Matrix<const std::uint8_t> codes, std::int64_t group, Vector<std::uint8_t> packed, int bits) {
   const auto n = static_cast<std::int64_t>(codes.shape(0)), k = static_cast<std::int64_t>(codes.shape(1));
-  require(group > 0 && size_of(packed) >= sqc::q4gemm_packed_bytes(n, k, group), "packed is too short");
+  require(group > 0 && size_of(packed) >= sqc::q4gemm_packed_bytes(n, k, group, bits), "packed is too short");
   const nb::gil_scoped_release release;
-  raise_unless_ok(sqc::q4gemm_pack(n, k, group, codes.data(), packed.data()));
+  raise_unless_ok(sqc::q4gemm_pack(n, k, group, codes.data(), packed.data(), bits));
 }
 
 // What the products over 4-bit weights share; b and b_zero are left null. b_scale holds halves as uint16, or
@@ -275,14 +275,16 @@ std::string q4gemm(ThreadPool& pool, const std::optional<std::string>& isa, std:
                    Matrix<const std::int8_t> a, Matrix<const std::int32_t> a_sum, Vector<const float> a_scale,
                    Vector<const std::uint8_t> b, Vector<const std::int8_t> table, Vector<const std::uint16_t> b_scale,
                    std::optional<Vector<const std::int8_t>> b_zero, std::optional<Vector<const float>> bias, float low,
-                   float high, Matrix<float> c, Vector<std::uint8_t> scratch, int repeat) {
+                   float high, Matrix<float> c, Vector<std::uint8_t> scratch, int repeat, int bits) {
   sqc::Q4gemmParams params =
       q4gemm_params(pool, k, group, a, a_sum, a_scale, table, b_scale, bias, low, high, c, scratch);
   const std::int64_t entries = (params.n + 15) / 16 * 16 * ((k + group - 1) / group);
-  require(size_of(b) >= sqc::q4gemm_packed_bytes(params.n, k, group), "b is too short");
+  require(bits >= 2 && bits <= 4, "codes have 2, 3 or 4 bits");
+  require(size_of(b) >= sqc::q4gemm_packed_bytes(params.n, k, group, bits), "b is too short");
   require(!b_zero || size_of(*b_zero) >= entries, "b_zero is too short");
   params.b = b.data();
   params.b_zero = data_or_null(b_zero);
+  params.bits = bits;
   const auto& kernel = sqc::q4gemm_kernel(isa_called(isa));
   const nb::gil_scoped_release release;
   for (int i = 0; i < repeat; ++i) raise_unless_ok(sqc::q4gemm(pool, kernel, params, scratch.data()));
@@ -417,13 +419,15 @@ NB_MODULE(_native, m) {
   m.def("qgemm", &qgemm, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("a"), nb::arg("a_scale"),
         nb::arg("a_zero"), nb::arg("b"), nb::arg("b_sum"), nb::arg("b_scale"), nb::arg("bias").none(), nb::arg("low"),
         nb::arg("high"), nb::arg("c"), nb::arg("repeat") = 1);
-  m.def("q4gemm_packed_bytes", &sqc::q4gemm_packed_bytes, nb::arg("n"), nb::arg("k"), nb::arg("group"));
+  m.def("q4gemm_packed_bytes", &sqc::q4gemm_packed_bytes, nb::arg("n"), nb::arg("k"), nb::arg("group"),
+        nb::arg("bits") = 4);
   m.def("q4gemm_scratch_bytes", &sqc::q4gemm_scratch_bytes, nb::arg("m"), nb::arg("k"), nb::arg("group"));
-  m.def("q4gemm_pack", &q4gemm_pack, nb::arg("codes"), nb::arg("group"), nb::arg("packed"));
+  m.def("q4gemm_pack", &q4gemm_pack, nb::arg("codes"), nb::arg("group"), nb::arg("packed"),
+        nb::arg("bits") = 4);
   m.def("q4gemm", &q4gemm, nb::arg("pool"), nb::arg("isa").none(), nb::arg("k"), nb::arg("group"), nb::arg("a"),
         nb::arg("a_sum"), nb::arg("a_scale"), nb::arg("b"), nb::arg("table"), nb::arg("b_scale"),
         nb::arg("b_zero").none(), nb::arg("bias").none(), nb::arg("low"), nb::arg("high"), nb::arg("c"),
-        nb::arg("scratch"), nb::arg("repeat") = 1);
+        nb::arg("scratch"), nb::arg("repeat") = 1, nb::arg("bits") = 4);
   m.def("qsparse_mask_count", &sqc::qsparse_mask_count, nb::arg("n"), nb::arg("k"));
   m.def("qsparse_scratch_bytes", &sqc::qsparse_scratch_bytes, nb::arg("m"), nb::arg("k"));
   m.def("qsparse_pack", &qsparse_pack, nb::arg("b"), nb::arg("masks"), nb::arg("values"), nb::arg("value_start"),

@@ -17,13 +17,14 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Options {
   std::int64_t m, n, k, group;
   bool half = true, zeros = false, scale_per_group = false, with_bias = true, extremes = false;
+  int bits = 4;
 };
 
 struct Problem {
   Problem(const Options& options, Random& random)
       : o(options), groups((o.k + o.group - 1) / o.group), k_padded(groups * o.group), panels((o.n + 15) / 16),
         a(o.m * k_padded), a_sum(o.m * groups), a_scale(o.m * (o.scale_per_group ? groups : 1)), codes(o.n * o.k),
-        packed(q4gemm_packed_bytes(o.n, o.k, o.group)), scale(panels * groups * 16), half_scale(scale.size()),
+        packed(q4gemm_packed_bytes(o.n, o.k, o.group, o.bits)), scale(panels * groups * 16), half_scale(scale.size()),
         zero(scale.size()), bias(panels * 16) {
     const std::int8_t extremes[] = {-128, -127, 0, 127};
     for (std::int64_t m = 0; m < o.m; ++m) {
@@ -36,7 +37,7 @@ struct Problem {
       }
     }
     for (float& s : a_scale) s = random.real(0.01f, 0.1f);
-    for (std::uint8_t& c : codes) c = static_cast<std::uint8_t>(random.integer(0, 15));
+    for (std::uint8_t& c : codes) c = static_cast<std::uint8_t>(random.integer(0, (1 << o.bits) - 1));
     for (int i = 0; i < 16; ++i) {
       table[i] = static_cast<std::int8_t>(o.extremes ? (i % 2 == 0 ? -127 : 127) : random.integer(-127, 127));
     }
@@ -46,13 +47,13 @@ struct Problem {
       zero[i] = static_cast<std::int8_t>(random.integer(-128, 127));
     }
     for (float& v : bias) v = random.real(-3.0f, 3.0f);
-    SQC_CHECK(q4gemm_pack(o.n, o.k, o.group, codes.data(), packed.data()).is_ok());
+    SQC_CHECK(q4gemm_pack(o.n, o.k, o.group, codes.data(), packed.data(), o.bits).is_ok());
   }
 
   Q4gemmParams params(const Array<float>& c) const {
     Q4gemmParams p = {o.m, o.n, o.k, o.group, a.data(), k_padded, a_sum.data(), a_scale.data(), o.scale_per_group,
                       packed.data(), {}, o.half ? static_cast<const void*>(half_scale.data()) : scale.data(), o.half,
-                      o.zeros ? zero.data() : nullptr, o.with_bias ? bias.data() : nullptr, c.data(), o.n, low, high};
+                      o.zeros ? zero.data() : nullptr, o.with_bias ? bias.data() : nullptr, c.data(), o.n, low, high, o.bits};
     std::memcpy(p.table, table, sizeof table);
     return p;
   }
@@ -128,6 +129,25 @@ SQC_TEST(q4gemm_tails) {
     for (const std::int64_t n : {1, 15, 16, 17, 31, 33, 48}) {
       for (const std::int64_t k : {0, 1, 31, 32, 33, 129}) {
         for (const std::int64_t group : {32, 64, 128}) check(Problem({m, n, k, group}, random));
+      }
+    }
+  }
+}
+
+SQC_TEST(q4gemm_fewer_bits_tails) {
+  Random random(15);
+  for (const int bits : {2, 3}) {
+    for (const std::int64_t m : {1, 2, 4, 5, 7}) {
+      for (const std::int64_t n : {1, 16, 17, 33}) {
+        for (const std::int64_t k : {0, 1, 31, 32, 33, 129}) {
+          for (const std::int64_t group : {32, 128}) {
+            Options options = {m, n, k, group};
+            options.bits = bits;
+            options.zeros = m % 2 == 0;
+            options.extremes = n == 17;
+            check(Problem(options, random));
+          }
+        }
       }
     }
   }
@@ -215,7 +235,12 @@ SQC_TEST(q4gemm_refuses) {
   SQC_CHECK(refused([](Q4gemmParams& q) { q.a_stride = 63; }));
   SQC_CHECK(refused([](Q4gemmParams& q) { q.c_stride = 15; }));
   SQC_CHECK(refused([](Q4gemmParams& q) { q.table[3] = -128; }));
+  SQC_CHECK(refused([](Q4gemmParams& q) { q.bits = 1; }));
+  SQC_CHECK(refused([](Q4gemmParams& q) { q.bits = 5; }));
   const std::uint8_t bad_codes[1] = {16};
   Array<std::uint8_t> packed(q4gemm_packed_bytes(1, 1, 32));
   SQC_CHECK(q4gemm_pack(1, 1, 32, bad_codes, packed.data()).code() == StatusCode::kInvalidArgument);
+  const std::uint8_t four[1] = {4};
+  SQC_CHECK(q4gemm_pack(1, 1, 32, four, packed.data(), 2).code() == StatusCode::kInvalidArgument);
+  SQC_CHECK(q4gemm_pack(1, 1, 32, four, packed.data(), 5).code() == StatusCode::kInvalidArgument);
 }

@@ -42,12 +42,61 @@ static SQC_INLINE void finish_panel(const Q4gemmParams& p, std::int64_t m, std::
                    S::set_f(p.low), S::set_f(p.high));
 }
 
+// A run: what is unpacked together, the codes of kSteps k for 16 outputs.
+template <int Bits>
+struct Run;
+template <>
+struct Run<2> {
+  static constexpr int kSteps = 16, kBytes = 64;
+};
+template <>
+struct Run<3> {
+  static constexpr int kSteps = 32, kBytes = 192;
+};
+template <>
+struct Run<4> {
+  static constexpr int kSteps = 8, kBytes = 64;
+};
+
+// The table with its entries for codes of so many bits repeated up to sixteen: bits above a code's own, which
+// its neighbours in the byte leave behind, do not matter then.
+template <class S, int Bits>
+static SQC_INLINE typename S::Table load_entries(const std::int8_t* table) {
+  std::int8_t entries[16];
+  for (int i = 0; i < 16; ++i) entries[i] = table[i & ((1 << Bits) - 1)];
+  return S::load_table(entries);
+}
+
+template <class S, int Bits>
+static SQC_INLINE void unpack_run(const std::uint8_t* p, typename S::Table table, typename S::TileT* tiles) {
+  if constexpr (Bits == 4) {
+    S::unpack(p, table, tiles[0], tiles[1]);
+  } else if constexpr (Bits == 2) {
+    const auto codes = S::load_codes(p);
+    tiles[0] = S::template look_up<0>(codes, table);
+    tiles[1] = S::template look_up<2>(codes, table);
+    tiles[2] = S::template look_up<4>(codes, table);
+    tiles[3] = S::template look_up<6>(codes, table);
+  } else {
+    const auto first = S::load_codes(p), second = S::load_codes(p + 64), third = S::load_codes(p + 128);
+    tiles[0] = S::template look_up<0>(S::template merge<0, 0>(first, third), table);
+    tiles[1] = S::template look_up<0>(S::template merge<2, 1>(first, third), table);
+    tiles[2] = S::template look_up<0>(S::template merge<4, 2>(first, third), table);
+    tiles[3] = S::template look_up<0>(S::template merge<6, 3>(first, third), table);
+    tiles[4] = S::template look_up<0>(S::template merge<0, 4>(second, third), table);
+    tiles[5] = S::template look_up<0>(S::template merge<2, 5>(second, third), table);
+    tiles[6] = S::template look_up<0>(S::template merge<4, 6>(second, third), table);
+    tiles[7] = S::template look_up<0>(S::template merge<6, 7>(second, third), table);
+  }
+}
+
 // Few rows: codes are looked up in registers and used at once.
-template <class S, int Rows>
+template <class S, int Bits, int Rows>
 static void gemv_panel(const Q4gemmParams& p, std::int64_t panel) {
   const std::int64_t groups = group_count(p);
-  const typename S::Table table = S::load_table(p.table);
-  const std::uint8_t* b = p.b + panel * groups * p.group * 8;
+  constexpr int kTiles = Run<Bits>::kSteps / 4;
+  const typename S::Table table = load_entries<S, Bits>(p.table);
+  const std::uint8_t* b = p.b + panel * groups * p.group * 2 * Bits;
   typename S::F32 total[Rows];
   SQC_UNROLL for (int r = 0; r < Rows; ++r) total[r] = S::set_f(0.0f);
   for (std::int64_t g = 0; g < groups; ++g) {
@@ -55,12 +104,15 @@ static void gemv_panel(const Q4gemmParams& p, std::int64_t panel) {
     typename S::AccT low[Rows], high[Rows];
     SQC_UNROLL for (int r = 0; r < Rows; ++r) low[r] = high[r] = S::zero_t();
     const std::int8_t* a = p.a + g * p.group;
-    for (std::int64_t k = 0; k < p.group; k += 8, b += 64) {
-      typename S::TileT tile_low, tile_high;
-      S::unpack(b, table, tile_low, tile_high);
-      SQC_UNROLL for (int r = 0; r < Rows; ++r) {
-        low[r] = S::dot_table(low[r], tile_low, S::load_act_s8(a + r * p.a_stride + k));
-        high[r] = S::dot_table(high[r], tile_high, S::load_act_s8(a + r * p.a_stride + k + 4));
+    for (std::int64_t k = 0; k < p.group; k += Run<Bits>::kSteps, b += Run<Bits>::kBytes) {
+      typename S::TileT tile[kTiles];
+      unpack_run<S, Bits>(b, table, tile);
+      SQC_UNROLL for (int t = 0; t < kTiles; t += 2) {
+        SQC_UNROLL for (int r = 0; r < Rows; ++r) {
+          const std::int8_t* act = a + r * p.a_stride + k + 4 * t;
+          low[r] = S::dot_table(low[r], tile[t], S::load_act_s8(act));
+          high[r] = S::dot_table(high[r], tile[t + 1], S::load_act_s8(act + 4));
+        }
       }
     }
     const auto scale = load_scale<S>(p, index);
@@ -72,17 +124,17 @@ static void gemv_panel(const Q4gemmParams& p, std::int64_t panel) {
 }
 
 // Panels [panel, panel + Panels) to bytes: for each tile along k, the panels' tiles side by side.
-template <class S, int Panels>
+template <class S, int Bits, int Panels>
 static void expand_strip(const Q4gemmParams& p, std::int64_t panel, std::int8_t* out) {
-  const std::int64_t tiles = group_count(p) * p.group / 4;
-  const typename S::Table table = S::load_table(p.table);
-  const std::uint8_t* b = p.b + panel * tiles * 32;
-  for (std::int64_t t = 0; t < tiles; t += 2) {
+  constexpr int kTiles = Run<Bits>::kSteps / 4;
+  const std::int64_t runs = group_count(p) * p.group / Run<Bits>::kSteps;
+  const typename S::Table table = load_entries<S, Bits>(p.table);
+  const std::uint8_t* b = p.b + panel * runs * Run<Bits>::kBytes;
+  for (std::int64_t run = 0; run < runs; ++run, out += kTiles * Panels * 64) {
     SQC_UNROLL for (int q = 0; q < Panels; ++q) {
-      typename S::TileT low, high;
-      S::unpack(b + (q * tiles + t) * 32, table, low, high);
-      S::store_tile_t(out + (t * Panels + q) * 64, low);
-      S::store_tile_t(out + ((t + 1) * Panels + q) * 64, high);
+      typename S::TileT tile[kTiles];
+      unpack_run<S, Bits>(b + (q * runs + run) * Run<Bits>::kBytes, table, tile);
+      SQC_UNROLL for (int t = 0; t < kTiles; ++t) S::store_tile_t(out + (t * Panels + q) * 64, tile[t]);
     }
   }
 }
@@ -118,12 +170,12 @@ static void gemm_tile(const Q4gemmParams& p, std::int64_t m, std::int64_t panel,
   }
 }
 
-template <class S, int MaxRows>
+template <class S, int Bits, int MaxRows>
 static SQC_INLINE void gemv_rows(int rows, const Q4gemmParams& p, std::int64_t panel) {
   if constexpr (MaxRows > 1) {
-    if (rows < MaxRows) return gemv_rows<S, MaxRows - 1>(rows, p, panel);
+    if (rows < MaxRows) return gemv_rows<S, Bits, MaxRows - 1>(rows, p, panel);
   }
-  gemv_panel<S, MaxRows>(p, panel);
+  gemv_panel<S, Bits, MaxRows>(p, panel);
 }
 
 template <class S, int MaxRows, int Panels>
@@ -145,23 +197,32 @@ static void gemm_strip(const Q4gemmParams& p, std::int64_t panel, const std::int
   }
 }
 
-template <class S, int GemvRows, int GemmRows, int GemmPanels>
-static void q4gemm_generic(const Q4gemmParams& p, std::int64_t begin, std::int64_t end, std::uint8_t* scratch) {
+template <class S, int Bits, int GemvRows, int GemmRows, int GemmPanels>
+static void q4gemm_bits(const Q4gemmParams& p, std::int64_t begin, std::int64_t end, std::uint8_t* scratch) {
   static_assert(GemvRows <= 4 && GemmPanels <= 2, "q4gemm_scratch_bytes counts on it");
   if (p.m <= GemvRows) {
-    for (std::int64_t panel = begin; panel < end; ++panel) gemv_rows<S, GemvRows>(static_cast<int>(p.m), p, panel);
+    for (std::int64_t panel = begin; panel < end; ++panel) {
+      gemv_rows<S, Bits, GemvRows>(static_cast<int>(p.m), p, panel);
+    }
     return;
   }
   std::int64_t panel = begin;
   auto* strip = reinterpret_cast<std::int8_t*>(scratch);
   for (; panel + GemmPanels <= end; panel += GemmPanels) {
-    expand_strip<S, GemmPanels>(p, panel, strip);
+    expand_strip<S, Bits, GemmPanels>(p, panel, strip);
     gemm_strip<S, GemmRows, GemmPanels>(p, panel, strip);
   }
   for (; panel < end; ++panel) {
-    expand_strip<S, 1>(p, panel, strip);
+    expand_strip<S, Bits, 1>(p, panel, strip);
     gemm_strip<S, GemmRows, 1>(p, panel, strip);
   }
+}
+
+template <class S, int GemvRows, int GemmRows, int GemmPanels>
+static void q4gemm_generic(const Q4gemmParams& p, std::int64_t begin, std::int64_t end, std::uint8_t* scratch) {
+  if (p.bits == 2) return q4gemm_bits<S, 2, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
+  if (p.bits == 3) return q4gemm_bits<S, 3, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
+  q4gemm_bits<S, 4, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
 }
 
 }  // namespace

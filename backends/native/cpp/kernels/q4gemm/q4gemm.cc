@@ -31,6 +31,7 @@ Status q4gemm_check(const Q4gemmParams& p) noexcept {
   if (p.m < 0) return invalid("a size is negative");
   if (p.a_stride < padded_k(p.k, p.group)) return invalid("a_stride is less than k rounded up to whole groups");
   if (p.c_stride < p.n) return invalid("c_stride is less than n");
+  if (p.bits < 2 || p.bits > 4) return invalid("codes have not 2, 3 or 4 bits");
   for (const std::int8_t entry : p.table) {
     if (entry == -128) return invalid("a table entry is -128; entries are -127 to 127");
   }
@@ -58,22 +59,34 @@ Status q4gemm(ThreadPool& pool, const Kernel<Q4gemmFunction>& kernel, const Q4ge
   });
 }
 
-std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group) noexcept {
-  return (n + 15) / 16 * 16 * padded_k(k, group) / 2;
+std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group, int bits) noexcept {
+  return (n + 15) / 16 * 16 * padded_k(k, group) * bits / 8;
 }
 
-Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes,
-                   std::uint8_t* packed) noexcept {
+Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes, std::uint8_t* packed,
+                   int bits) noexcept {
   SQC_RETURN_IF_ERROR(q4gemm_check_sizes(n, k, group));
-  const std::int64_t runs = padded_k(k, group) / 8;
-  std::memset(packed, 0, static_cast<std::size_t>(q4gemm_packed_bytes(n, k, group)));
+  if (bits < 2 || bits > 4) return invalid("codes have not 2, 3 or 4 bits");
+  const std::int64_t panel_bytes = padded_k(k, group) * 2 * bits;
+  std::memset(packed, 0, static_cast<std::size_t>(q4gemm_packed_bytes(n, k, group, bits)));
   for (std::int64_t row = 0; row < n; ++row) {
-    std::uint8_t* out = packed + row / 16 * runs * 64 + row % 16 * 4;
+    std::uint8_t* out = packed + row / 16 * panel_bytes + row % 16 * 4;
+    const auto put = [out](std::int64_t at, int code, std::int64_t shift) {
+      out[at] = static_cast<std::uint8_t>(out[at] | code << shift);
+    };
     for (std::int64_t i = 0; i < k; ++i) {
-      const std::uint8_t code = codes[row * k + i];
-      if (code > 15) return invalid("a code is over 15");
-      std::uint8_t& byte = out[i / 8 * 64 + i % 4];
-      byte = static_cast<std::uint8_t>(byte | (i % 8 < 4 ? code : code << 4));
+      const int code = codes[row * k + i];
+      if (code >> bits != 0) {
+        return Status::error(StatusCode::kInvalidArgument, "q4gemm: a code is over %d", (1 << bits) - 1);
+      }
+      const std::int64_t within = i % 4, tile = i / 4;
+      if (bits == 4) put(tile / 2 * 64 + within, code, tile % 2 * 4);
+      if (bits == 2) put(tile / 4 * 64 + within, code, tile % 4 * 2);
+      if (bits == 3) {
+        const std::int64_t run = tile / 8 * 192 + within;
+        put(run + tile % 8 / 4 * 64, code & 3, tile % 4 * 2);
+        put(run + 128, code >> 2, tile % 8);
+      }
     }
   }
   return Status::ok();

@@ -1,4 +1,5 @@
-// 4-bit group-wise matrix product: signed 8-bit activations times codes that index a table of 16 values.
+// 4-, 3- and 2-bit group-wise matrix product: signed 8-bit activations times codes that index a table of 16, 8 or
+// 4 values.
 //
 //   sum[m][n][g] = sum over k in group g of a[m][k] * (table[b[n][k]] - b_zero[n][g])    in int32, exact
 //   total[m][n]  = for g = 0, 1, ...: total = fma(float(sum[m][n][g]), scale[m][n][g], total)
@@ -12,8 +13,12 @@
 // a zero point a group; it is in table units.
 //
 // Packed weights: for each panel of 16 outputs, for each group (k rounded up to whole groups; codes there
-// are 0, activations must be), group / 8 runs of 64 bytes. A run holds two N16K4 tiles: the low nibbles
-// are 4 k, the high nibbles the next 4 k. Scales and zero points: [panel][group][16].
+// are 0, activations must be), runs of N16K4 tiles, the codes of a tile in one place of 64 bytes:
+//   4 bits: 64 bytes for 8 k; the low nibbles are a tile, the high nibbles the next one.
+//   2 bits: 64 bytes for 16 k; bits 2 t and 2 t + 1 are tile t of four.
+//   3 bits: 192 bytes for 32 k; the lower two bits of tiles 0 to 3, of tiles 4 to 7, and the upper bits: bit t
+//     is tile t of eight.
+// Scales and zero points: [panel][group][16].
 
 #ifndef SQC_KERNELS_Q4GEMM_Q4GEMM_H_
 #define SQC_KERNELS_Q4GEMM_Q4GEMM_H_
@@ -45,6 +50,7 @@ struct Q4gemmParams {
   float* c;                    // [m][c_stride]
   std::int64_t c_stride;
   float low, high;             // as in qgemm.h
+  int bits = 4;                // of a code: 2, 3 or 4; as many entries of the table count as codes have values
 };
 
 // Panels [begin, end) for all rows, of which there is at least one. `scratch` is 64-byte aligned and this thread's own; see
@@ -71,11 +77,11 @@ Status q4gemm_check_sizes(std::int64_t n, std::int64_t k, std::int64_t group) no
 Status q4gemm_check(const Q4gemmParams& params) noexcept;
 
 // Bytes of the packed codes of an [n][k] matrix.
-std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group) noexcept;
+std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group, int bits = 4) noexcept;
 
-// Packs codes [n][k], each 0..15 (higher bits are an error).
-Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes,
-                   std::uint8_t* packed) noexcept;
+// Packs codes [n][k], each of so many bits (higher ones are an error).
+Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes, std::uint8_t* packed,
+                   int bits = 4) noexcept;
 
 }  // namespace sqc
 

@@ -31,6 +31,7 @@ Status q4sparse(ThreadPool& pool, const Kernel<Q4sparseFunction>& kernel, const 
                 std::uint8_t* scratch) noexcept {
   const Q4gemmParams& p = params.dense;
   SQC_RETURN_IF_ERROR(q4gemm_check(p));
+  if (p.bits != 4) return Status::error(StatusCode::kInvalidArgument, "q4sparse: codes have not 4 bits");
   if (p.b_zero != nullptr) {
     return Status::error(StatusCode::kInvalidArgument, "q4sparse: zero points are not supported");
   }

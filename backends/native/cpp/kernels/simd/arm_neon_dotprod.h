@@ -203,6 +203,32 @@ struct Simd {
       high.v[i] = vqtbl1q_s8(table.v, vshrq_n_u8(codes, 4));
     }
   }
+  struct Codes {
+    uint8x16_t v[4];
+  };
+  static SQC_INLINE Codes load_codes(const std::uint8_t* p) {
+    return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
+  }
+  template <int Shift>
+  static SQC_INLINE uint8x16_t shift_bytes(uint8x16_t v) {
+    if constexpr (Shift > 0) return vshrq_n_u8(v, Shift);
+    if constexpr (Shift < 0) return vshlq_n_u8(v, -Shift);
+    return v;
+  }
+  template <int Shift>
+  static SQC_INLINE TileT look_up(const Codes& c, Table table) {
+    TileT t;
+    for (int i = 0; i < 4; ++i) t.v[i] = vqtbl1q_s8(table.v, vandq_u8(shift_bytes<Shift>(c.v[i]), vdupq_n_u8(15)));
+    return t;
+  }
+  template <int Shift, int Bit>
+  static SQC_INLINE Codes merge(const Codes& low, const Codes& high) {
+    Codes c;
+    for (int i = 0; i < 4; ++i) {
+      c.v[i] = vbslq_u8(vdupq_n_u8(4), shift_bytes<Bit - 2>(high.v[i]), shift_bytes<Shift>(low.v[i]));
+    }
+    return c;
+  }
   static SQC_INLINE void store_tile_t(std::int8_t* p, const TileT& t) {
     for (int i = 0; i < 4; ++i) vst1q_s8(p + 16 * i, t.v[i]);
   }

@@ -244,6 +244,28 @@ struct Simd {
   static SQC_INLINE void unpack(const std::uint8_t* p, const Table& table, TileT& low, TileT& high) {
     for (int i = 0; i < 64; ++i) low.v[i] = table.v[p[i] & 15], high.v[i] = table.v[p[i] >> 4];
   }
+  struct Codes {
+    std::uint8_t v[64];
+  };
+  static SQC_INLINE Codes load_codes(const std::uint8_t* p) {
+    Codes c;
+    std::memcpy(c.v, p, sizeof c.v);
+    return c;
+  }
+  template <int Shift>
+  static SQC_INLINE TileT look_up(const Codes& c, const Table& table) {
+    TileT t;
+    for (int i = 0; i < 64; ++i) t.v[i] = table.v[(c.v[i] >> Shift) & 15];
+    return t;
+  }
+  template <int Shift, int Bit>
+  static SQC_INLINE Codes merge(const Codes& low, const Codes& high) {
+    Codes c;
+    for (int i = 0; i < 64; ++i) {
+      c.v[i] = static_cast<std::uint8_t>(((low.v[i] >> Shift) & 3) | ((high.v[i] >> Bit) & 1) << 2);
+    }
+    return c;
+  }
   static SQC_INLINE void store_tile_t(std::int8_t* p, const TileT& t) { std::memcpy(p, t.v, sizeof t.v); }
   static SQC_INLINE TileT load_tile_t(const std::int8_t* p) { return load_tile(p); }
   static SQC_INLINE AccT dot_table(AccT acc, const TileT& t, const ActS& a) { return dot(acc, a, t); }

@@ -22,6 +22,10 @@
 //   dot_table: sum over 4 k of (table[code] + kTableOffset) * act_s8. The same instruction with the roles
 //     exchanged, so that sums over *activations* correct for the offset; the quantizer has them.
 
+//   look_up<Shift>(codes, table): the tile of table entries of the four bits at Shift of 64 bytes. Of those four
+//     the upper ones may be another code's: tables for codes of fewer bits repeat their entries.
+//   merge<Shift, Bit>(low, high): bytes whose lowest two bits are those at Shift of `low`, and whose third is the
+//     one at Bit of `high`.
 //
 // Sparse tiles are a mask of 64 bits, bit i for byte i of the tile, and the bytes whose bit is set:
 //

@@ -225,6 +225,27 @@ struct Simd {
       high.v[i] = _mm256_shuffle_epi8(table.v, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
     }
   }
+  using Codes = TileT;
+  static SQC_INLINE Codes load_codes(const std::uint8_t* p) { return {{load256(p), load256(p + 32)}}; }
+  // Shifts are of 16 bits at a time: what a byte gets from its neighbour lies above its own bits.
+  template <int Shift>
+  static SQC_INLINE TileT look_up(Codes c, Table table) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    return {{_mm256_shuffle_epi8(table.v, _mm256_and_si256(_mm256_srli_epi16(c.v[0], Shift), nibble)),
+             _mm256_shuffle_epi8(table.v, _mm256_and_si256(_mm256_srli_epi16(c.v[1], Shift), nibble))}};
+  }
+  template <int Shift, int Bit>
+  static SQC_INLINE Codes merge(Codes low, Codes high) {
+    const __m256i third = _mm256_set1_epi8(4);
+    Codes c;
+    SQC_UNROLL for (int i = 0; i < 2; ++i) {
+      const __m256i upper = Bit < 2 ? _mm256_slli_epi16(high.v[i], Bit < 2 ? 2 - Bit : 0)
+                                    : _mm256_srli_epi16(high.v[i], Bit < 2 ? 0 : Bit - 2);
+      c.v[i] = _mm256_or_si256(_mm256_and_si256(third, upper),
+                               _mm256_andnot_si256(third, _mm256_srli_epi16(low.v[i], Shift)));
+    }
+    return c;
+  }
   static SQC_INLINE void store_tile_t(std::int8_t* p, TileT t) {
     store256(p, t.v[0]);
     store256(p + 32, t.v[1]);

@@ -150,6 +150,18 @@ struct Simd {
     low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibble));
     high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
   }
+  using Codes = __m512i;
+  static SQC_INLINE Codes load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+  // Shifts are of 16 bits at a time: what a byte gets from its neighbour lies above its own bits.
+  template <int Shift>
+  static SQC_INLINE TileT look_up(Codes c, Table table) {
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(c, Shift), _mm512_set1_epi8(15)));
+  }
+  template <int Shift, int Bit>
+  static SQC_INLINE Codes merge(Codes low, Codes high) {
+    const __m512i upper = Bit < 2 ? _mm512_slli_epi16(high, Bit < 2 ? 2 - Bit : 0) : _mm512_srli_epi16(high, Bit < 2 ? 0 : Bit - 2);
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(4), upper, _mm512_srli_epi16(low, Shift), 0xca);
+  }
   static SQC_INLINE void store_tile_t(std::int8_t* p, TileT t) { _mm512_storeu_si512(p, t); }
   static SQC_INLINE TileT load_tile_t(const std::int8_t* p) { return _mm512_loadu_si512(p); }
   static SQC_INLINE AccT dot_table(AccT acc, TileT t, ActS a) { return _mm512_dpbusd_epi32(acc, t, a); }
