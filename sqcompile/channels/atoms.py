@@ -25,28 +25,34 @@ _NONE = -1
 
 
 class Atoms:
-    """All atoms of one program: a union-find structure whose members may be bound to products."""
+    """All atoms of one program: a union-find structure whose members may be bound to products.
+
+    Attributes:
+        size: How many atoms there are.
+    """
 
     def __init__(self) -> None:
-        self._size = 0
+        self.size = 0
         self._parent = np.empty(1024, dtype=np.int64)
         # An atom that is bound stands for these two together; -1 where it is not bound.
         self._left = np.full(1024, _NONE, dtype=np.int64)
         self._right = np.full(1024, _NONE, dtype=np.int64)
         self._blocked = np.zeros(1024, dtype=bool)
         self._axis = np.full(1024, _NONE, dtype=np.int64)
-        self._reasons: dict[int, Any] = {}
+        # Why an atom is blocked, as an index of the reasons.
+        self._why = np.full(1024, _NONE, dtype=np.int64)
+        self._reasons: list[Any] = []
 
     # --- making ----------------------------------------------------------------------------------
 
     def fresh(self, count: int, axis: int = _NONE) -> Labels:
         """Return labels of `count` new atoms, one a position, made for the dimension number `axis`."""
-        start, end = self._size, self._size + count
+        start, end = self.size, self.size + count
         while end > len(self._parent):
             self._grow()
         self._parent[start:end] = np.arange(start, end)
         self._axis[start:end] = axis
-        self._size = end
+        self.size = end
         return np.arange(start, end, dtype=np.int64).reshape(count, 1)
 
     def fixed(self, count: int, reason: Any) -> Labels:
@@ -58,7 +64,7 @@ class Atoms:
     def _grow(self) -> None:
         extra = len(self._parent)
         self._parent = np.concatenate([self._parent, np.empty(extra, dtype=np.int64)])
-        for name in ("_left", "_right", "_axis"):
+        for name in ("_left", "_right", "_axis", "_why"):
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.full(extra, _NONE, dtype=np.int64)]))
         self._blocked = np.concatenate([self._blocked, np.zeros(extra, dtype=bool)])
@@ -118,12 +124,12 @@ class Atoms:
 
     def reason(self, root: int) -> Any:
         """Return why an atom is blocked, or None."""
-        return self._reasons.get(int(root))
+        return self._reasons[self._why[root]] if self._blocked[root] else None
 
     def axes(self) -> tuple[Labels, Labels]:
         """Return (root, axis) of every atom that was made for a dimension."""
-        everything = np.arange(self._size)
-        made = everything[self._axis[: self._size] >= 0]
+        everything = np.arange(self.size)
+        made = everything[self._axis[: self.size] >= 0]
         return self.roots(made), self._axis[made]
 
     # --- relating --------------------------------------------------------------------------------
@@ -131,10 +137,11 @@ class Atoms:
     def block(self, labels: Labels, reason: Any) -> None:
         """Say that no position of these labels may go."""
         resolved = self.resolve(labels)
-        for root in np.unique(resolved[resolved >= 0]):
-            if not self._blocked[root]:
-                self._blocked[root] = True
-                self._reasons[int(root)] = reason
+        free = resolved[(resolved >= 0) & ~self._blocked[resolved]]
+        if free.size:
+            self._reasons.append(reason)
+            self._blocked[free] = True
+            self._why[free] = len(self._reasons) - 1
 
     def product(self, factors: Sequence[Labels]) -> Labels:
         """Return the labels of a dimension that merges others, the first one slowest."""
@@ -242,9 +249,9 @@ class Atoms:
             if not fixed.shape[1]:
                 self._block_all(other[rows], reason)
                 continue
-            for root in np.unique(fixed[rows, 0]):
-                because = self.reason(root)
-                self._block_all(other[rows & (fixed[:, 0] == root)], reason if because is None else because)
+            why = np.where(rows, self._why[fixed[:, 0]], _NONE)
+            for number in np.unique(why[rows]):
+                self._block_all(other[why == number], self._reasons[number])
 
     def _block_all(self, matrix: Labels, reason: Any) -> None:
         if matrix.size:
@@ -270,9 +277,7 @@ class Atoms:
             left, right = left[differ], right[differ]
             blocked = self._blocked[left] | self._blocked[right]
             if blocked.any():
-                for one, other in zip(left[blocked], right[blocked], strict=True):
-                    source = one if self._blocked[one] else other
-                    self.block(np.array([[one], [other]]), self.reason(source))
+                self._block_beside(left[blocked][:, None], right[blocked][:, None], None)
                 left, right = left[~blocked], right[~blocked]
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
 

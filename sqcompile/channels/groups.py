@@ -151,16 +151,12 @@ def find_groups(program: Program) -> Groups:
     flow = flow_of(program)
     weights = weights_of(program)
     places = _places(flow, weights)
-    signatures = _signatures(flow)
+    atoms, numbers, groups = _grouped(flow, places)
     roles = _roles(flow)
-    atoms = np.fromiter(places, dtype=np.int64, count=len(places))
-    by_key: dict[tuple[object, ...], list[int]] = {}
-    for unit, stuck in zip(places, flow.atoms.is_blocked(atoms).tolist(), strict=True):
-        by_key.setdefault((stuck, signatures.get(unit, (-1 - unit,))), []).append(unit)
     free: list[Group] = []
     blocked: list[Group] = []
-    for units in by_key.values():
-        group = _group(flow, units, places, roles, weights)
+    for units, entries in _parts(flow, places, atoms, numbers, groups):
+        group = _group(flow, units, entries, places, numbers, roles, weights)
         if group is not None:
             (free if group.blocked is None else blocked).append(group)
     order = {node: index for index, node in enumerate(program.graph.nodes)}
@@ -203,46 +199,92 @@ def weights_of(program: Program) -> dict[str, Weight]:
     return found
 
 
-_Place = tuple[str, int, int]
-"""A tensor, its dimension, a position."""
+@dataclass(frozen=True)
+class _Places:
+    """Where atoms occur in stored tensors; one entry a place, weights first, in graph order.
+
+    Attributes:
+        dims: Dimensions of tensors: name and number.
+        atom: Of each entry, the atom.
+        dim: Of each entry, the index of its dimension in `dims`.
+        position: Of each entry, the position along the dimension.
+    """
+
+    dims: list[tuple[str, int]]
+    atom: NDArray[np.int64]
+    dim: NDArray[np.int64]
+    position: NDArray[np.int64]
 
 
-def _places(flow: Flow, weights: dict[str, Weight]) -> dict[int, list[_Place]]:
-    """Return the places of every atom in stored tensors, weights first, in graph order."""
+def _places(flow: Flow, weights: dict[str, Weight]) -> _Places:
     order = {name: index for index, name in enumerate(weights)}
-    names = sorted(flow.tensors, key=lambda name: order.get(name, len(order)))
-    found: dict[int, list[_Place]] = {}
-    for name in names:
+    dims: list[tuple[str, int]] = []
+    columns: list[NDArray[np.int64]] = []
+    for name in sorted(flow.tensors, key=lambda name: order.get(name, len(order))):
         for axis, dim in enumerate(flow.tensors[name]):
             labels = labels_of(dim)
             assert labels is not None
             if len(labels) < 2:
                 continue
             for column in flow.resolved(labels).T:
-                for position, atom in enumerate(column.tolist()):
-                    if atom >= 0:
-                        found.setdefault(atom, []).append((name, axis, position))
-    return found
+                position = np.flatnonzero(column >= 0)
+                index = np.full(len(position), len(dims))
+                columns.append(np.stack([column[position], index, position]))
+            dims.append((name, axis))
+    atom, dim, position = np.concatenate(columns, axis=1) if columns else np.empty((3, 0), dtype=np.int64)
+    return _Places(dims, atom, dim, position)
 
 
-def _signatures(flow: Flow) -> dict[int, tuple[int, ...]]:
-    """Return the axes and pieces that each atom runs through: those of the same ones are a group."""
+def _grouped(flow: Flow, places: _Places) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Say which atoms are a group: those that run through the same axes and pieces, and may go or may not.
+
+    Returns:
+        The atoms that occur, in the order of their first places; then, by atom, the number of each in its
+        group, and its group, in the order of their first atoms.
+    """
     roots, axes = flow.atoms.axes()
-    pairs = [np.stack([roots, axes], axis=1)]
+    pairs = [np.stack([roots, axes])]
     for number, labels in enumerate(flow.pieces, start=len(flow.axes)):
-        resolved = flow.resolved(labels)
-        inside = np.unique(resolved[resolved >= 0])
-        pairs.append(np.stack([inside, np.full(len(inside), number)], axis=1))
-    return _by_first(np.unique(np.concatenate(pairs), axis=0))
+        inside = np.unique(flow.resolved(labels))
+        inside = inside[inside >= 0]
+        pairs.append(np.stack([inside, np.full(len(inside), number)]))
+    count = len(flow.axes) + len(flow.pieces)
+    root, axis = np.concatenate(pairs, axis=1)
+    root, axis = np.divmod(np.unique(root * count + axis), max(1, count))
+    # Sets of axes are told apart by the sum of a random number for each.
+    marks = np.random.default_rng(0).integers(1 << 62, size=count, dtype=np.uint64)
+    signature = np.zeros(flow.atoms.size, dtype=np.uint64)
+    np.add.at(signature, root, marks[axis])
+    _, first = np.unique(places.atom, return_index=True)
+    atoms = places.atom[np.sort(first)]
+    key = signature[atoms] * np.uint64(2) + flow.atoms.is_blocked(atoms).astype(np.uint64)
+    _, start, group = np.unique(key, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(start))[group]
+    groups = np.full(flow.atoms.size, -1)
+    groups[atoms] = group
+    order = np.argsort(group, kind="stable")
+    begin = np.flatnonzero(np.diff(group[order], prepend=-1))
+    numbers = np.full(flow.atoms.size, -1)
+    numbers[atoms[order]] = np.arange(len(atoms)) - np.repeat(begin, np.diff([*begin, len(atoms)]))
+    return atoms, numbers, groups
 
 
-def _by_first(pairs: NDArray[np.int64]) -> dict[int, tuple[int, ...]]:
-    """Gather the second numbers of sorted pairs by the first."""
-    found: dict[int, tuple[int, ...]] = {}
-    starts = np.flatnonzero(np.diff(pairs[:, 0], prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(pairs)], strict=True):
-        found[int(pairs[start, 0])] = tuple(pairs[start:end, 1].tolist())
-    return found
+def _parts(
+    flow: Flow,
+    places: _Places,
+    atoms: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    groups: NDArray[np.int64],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the units of each group, and its entries among the places, by dimension."""
+    if not len(atoms):
+        return
+    by_group = atoms[np.lexsort((numbers[atoms], groups[atoms]))]
+    units = np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1)
+    group = groups[places.atom]
+    order = np.lexsort((places.dim, group))
+    entries = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    yield from zip(units, entries, strict=True)
 
 
 def _roles(flow: Flow) -> dict[str, NDArray[np.int64]]:
@@ -256,40 +298,41 @@ def _roles(flow: Flow) -> dict[str, NDArray[np.int64]]:
 
 def _group(
     flow: Flow,
-    units: list[int],
-    places: dict[int, list[_Place]],
+    units: NDArray[np.int64],
+    entries: NDArray[np.int64],
+    places: _Places,
+    numbers: NDArray[np.int64],
     roles: dict[str, NDArray[np.int64]],
     weights: dict[str, Weight],
 ) -> Group | None:
     """Return the group of some atoms, or None if no layer makes them."""
-    gathered: dict[tuple[str, int], tuple[list[int], list[int]]] = {}
-    for number, unit in enumerate(units):
-        for name, axis, position in places[unit]:
-            numbers, positions = gathered.setdefault((name, axis), ([], []))
-            numbers.append(number)
-            positions.append(position)
-    members = tuple(
-        _member(flow, weights.get(name), name, axis, numbers, positions)
-        for (name, axis), (numbers, positions) in gathered.items()
-    )
+    members = []
+    for part in np.split(entries, np.flatnonzero(np.diff(places.dim[entries])) + 1):
+        name, axis = places.dims[places.dim[part[0]]]
+        number = numbers[places.atom[part]]
+        members.append(_member(flow, weights.get(name), name, axis, number, places.position[part]))
     made = [member for member in members if member.role == "makes"]
     if not made:
         return None
-    atoms = np.array(units)
     node = weights[made[0].tensor].node
-    blocked = flow.atoms.reason(units[0])
+    blocked = flow.atoms.reason(int(units[0]))
     if blocked is None:
         whole = next((member for member in members if _is_whole(member)), None)
         if whole is not None:
             text = f"removing a part would leave nothing of @{whole.tensor} dimension {whole.axis}"
             blocked = Reason(text, node)
     kinds = {weights[member.tensor].kind for member in made}
-    kind = _kind(atoms, kinds, roles)
-    return Group(made[0].layer, kind, atoms, members, node, blocked)
+    kind = _kind(units, kinds, roles)
+    return Group(made[0].layer, kind, units, tuple(members), node, blocked)
 
 
 def _member(
-    flow: Flow, weight: Weight | None, name: str, axis: int, numbers: list[int], positions: list[int]
+    flow: Flow,
+    weight: Weight | None,
+    name: str,
+    axis: int,
+    unit: NDArray[np.int64],
+    positions: NDArray[np.int64],
 ) -> Member:
     labels = labels_of(flow.tensors[name][axis])
     assert labels is not None
@@ -299,7 +342,7 @@ def _member(
     elif weight is not None and axis == weight.reads:
         role = "reads"
     layer = weight.layer if weight is not None and role != "follows" else ""
-    return Member(name, axis, len(labels), np.array(numbers), np.array(positions), role, layer)
+    return Member(name, axis, len(labels), unit, positions, role, layer)
 
 
 def _is_whole(member: Member) -> bool:

@@ -100,8 +100,9 @@ def _weights(group: Group, *roles: str) -> list[Member]:
 def _by_norm(program: Program, group: Group, power: int) -> _Array:
     total = np.zeros(len(group))
     for member in _weights(group, "makes", "reads"):
-        rows = along(program.tensor(member.tensor).detach().float().abs() ** power, member.axis)
-        total += add_up(group, member, rows.sum(1))
+        weight = program.tensor(member.tensor).detach().float()
+        rest = [axis for axis in range(weight.dim()) if axis != member.axis]
+        total += add_up(group, member, torch.linalg.vector_norm(weight, power, dim=rest) ** power)
     return total if power == 1 else np.sqrt(total)
 
 

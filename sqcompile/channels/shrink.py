@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from sqcompile.channels.flow import Dim, Flow, dims_of, labels_of, size_of
 from sqcompile.errors import PassContractError
+from sqcompile.infer import same_type
 from sqcompile.operators.table import argument
 from sqcompile.rewrite import Rewriter
 from sqcompile.sparsity import Sparsity, as_matrix
@@ -29,7 +30,8 @@ class Shrink:
     def __init__(self, flow: Flow, edit: Rewriter, removed: NDArray[np.int64]) -> None:
         self.flow = flow
         self.edit = edit
-        self._removed = np.unique(removed)
+        self._removed = np.zeros(flow.atoms.size, dtype=bool)
+        self._removed[removed] = True
         self._keeps: dict[int, NDArray[np.bool_]] = {}
         self._touched = False
 
@@ -45,8 +47,8 @@ class Shrink:
         """Return which positions stay of those with these labels."""
         known = self._keeps.get(id(labels))
         if known is None:
-            gone = np.isin(self.flow.resolved(labels), self._removed)
-            known = np.asarray(~gone.any(axis=1))
+            resolved = self.flow.resolved(labels)
+            known = np.asarray(~(self._removed[resolved] & (resolved >= 0)).any(axis=1))
             self._keeps[id(labels)] = known
         return known
 
@@ -134,9 +136,11 @@ class Shrink:
             if resize is not None and self._concerns(node):
                 resize(self, node)
             if self._touched or any(source in stale for source in node.all_input_nodes):
+                before = node.meta.get("val")
                 self.edit.infer(node)
-                stale.add(node)
                 self._check(node)
+                if not same_type(before, node.meta["val"]):  # else nothing behind it can have changed
+                    stale.add(node)
         for node, factor in self._scales:
             self._insert_scale(node, factor)
 
