@@ -86,10 +86,12 @@ def _transpose(context: Lowering, node: fx.Node) -> Value:
     return context.permute(value, order)
 
 
-@lowers(aten.t.default)
+@lowers(aten.t.default, aten.mT.default)
 def _matrix_transpose(context: Lowering, node: fx.Node) -> Value:
     value = context.value(node.args[0])
-    return context.permute(value, range(value.rank)[::-1])
+    if value.rank < 2:
+        return value
+    return context.permute(value, [*range(value.rank - 2), value.rank - 1, value.rank - 2])
 
 
 @lowers(aten.permute.default)

@@ -279,7 +279,7 @@ std::string q4gemm(ThreadPool& pool, const std::optional<std::string>& isa, std:
   sqc::Q4gemmParams params =
       q4gemm_params(pool, k, group, a, a_sum, a_scale, table, b_scale, bias, low, high, c, scratch);
   const std::int64_t entries = (params.n + 15) / 16 * 16 * ((k + group - 1) / group);
-  require(bits >= 2 && bits <= 4, "codes have 2, 3 or 4 bits");
+  require((bits >= 2 && bits <= 4) || bits == 8, "codes have 2, 3, 4 or 8 bits");
   require(size_of(b) >= sqc::q4gemm_packed_bytes(params.n, k, group, bits), "b is too short");
   require(!b_zero || size_of(*b_zero) >= entries, "b_zero is too short");
   params.b = b.data();

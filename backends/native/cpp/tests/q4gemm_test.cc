@@ -38,6 +38,7 @@ struct Problem {
     }
     for (float& s : a_scale) s = random.real(0.01f, 0.1f);
     for (std::uint8_t& c : codes) c = static_cast<std::uint8_t>(random.integer(0, (1 << o.bits) - 1));
+    for (std::uint8_t& c : codes) c = o.bits == 8 && c == 128 ? std::uint8_t{129} : c;
     for (int i = 0; i < 16; ++i) {
       table[i] = static_cast<std::int8_t>(o.extremes ? (i % 2 == 0 ? -127 : 127) : random.integer(-127, 127));
     }
@@ -81,7 +82,9 @@ void check_against_definition(const Problem& p, const Array<float>& c) {
       for (std::int64_t g = 0; g < p.groups; ++g) {
         std::int32_t sum = 0;
         for (std::int64_t k = g * p.o.group; k < (g + 1) * p.o.group && k < p.o.k; ++k) {
-          const int weight = p.table[p.codes[n * p.o.k + k]] - (p.o.zeros ? p.zero[p.at(n, g)] : 0);
+          const std::uint8_t code = p.codes[n * p.o.k + k];
+          const int value = p.o.bits == 8 ? static_cast<std::int8_t>(code) : p.table[code];
+          const int weight = value - (p.o.zeros ? p.zero[p.at(n, g)] : 0);
           sum += p.a[m * p.k_padded + k] * weight;
         }
         float scale = p.scale[p.at(n, g)];
@@ -134,9 +137,9 @@ SQC_TEST(q4gemm_tails) {
   }
 }
 
-SQC_TEST(q4gemm_fewer_bits_tails) {
+SQC_TEST(q4gemm_other_bits_tails) {
   Random random(15);
-  for (const int bits : {2, 3}) {
+  for (const int bits : {2, 3, 8}) {
     for (const std::int64_t m : {1, 2, 4, 5, 7}) {
       for (const std::int64_t n : {1, 16, 17, 33}) {
         for (const std::int64_t k : {0, 1, 31, 32, 33, 129}) {
@@ -240,7 +243,9 @@ SQC_TEST(q4gemm_refuses) {
   const std::uint8_t bad_codes[1] = {16};
   Array<std::uint8_t> packed(q4gemm_packed_bytes(1, 1, 32));
   SQC_CHECK(q4gemm_pack(1, 1, 32, bad_codes, packed.data()).code() == StatusCode::kInvalidArgument);
-  const std::uint8_t four[1] = {4};
+  const std::uint8_t lowest[1] = {128}, four[1] = {4};
+  Array<std::uint8_t> bytes(q4gemm_packed_bytes(1, 1, 32, 8));
+  SQC_CHECK(q4gemm_pack(1, 1, 32, lowest, bytes.data(), 8).code() == StatusCode::kInvalidArgument);
   SQC_CHECK(q4gemm_pack(1, 1, 32, four, packed.data(), 2).code() == StatusCode::kInvalidArgument);
   SQC_CHECK(q4gemm_pack(1, 1, 32, four, packed.data(), 5).code() == StatusCode::kInvalidArgument);
 }

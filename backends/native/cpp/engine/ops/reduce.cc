@@ -110,19 +110,18 @@ Status check_reduce(PrepareContext& c) noexcept {
   return Status::ok();
 }
 
-bool reduces_nothing(PrepareContext& c) noexcept {
-  for (int d = c.out().rank; d < c.in(0).rank; ++d) {
-    if (c.in(0).shape[d] == 0) return true;
-  }
-  return false;
-}
-
 }  // namespace
 
-Status prepare_reduce(PrepareContext& c) noexcept {
+Status prepare_number_reduce(PrepareContext& c) noexcept {
   SQC_RETURN_IF_ERROR(check_reduce(c));
   SQC_REQUIRE(c.in(0).dtype == c.out().dtype && is_number(c.in(0).dtype));
-  SQC_REQUIRE(!reduces_nothing(c) || c.out().count() == 0);
+  return Status::ok();
+}
+
+// Of nothing there is no largest.
+Status prepare_extreme_reduce(PrepareContext& c) noexcept {
+  SQC_RETURN_IF_ERROR(prepare_number_reduce(c));
+  SQC_REQUIRE(c.in(0).count() > 0 || c.out().count() == 0);
   return Status::ok();
 }
 

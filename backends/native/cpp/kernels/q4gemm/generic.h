@@ -57,19 +57,27 @@ template <>
 struct Run<4> {
   static constexpr int kSteps = 8, kBytes = 64;
 };
+template <>
+struct Run<8> {
+  static constexpr int kSteps = 8, kBytes = 128;
+};
 
 // The table with its entries for codes of so many bits repeated up to sixteen: bits above a code's own, which
 // its neighbours in the byte leave behind, do not matter then.
 template <class S, int Bits>
 static SQC_INLINE typename S::Table load_entries(const std::int8_t* table) {
   std::int8_t entries[16];
-  for (int i = 0; i < 16; ++i) entries[i] = table[i & ((1 << Bits) - 1)];
+  for (int i = 0; i < 16; ++i) entries[i] = table[i & ((1 << Bits) - 1) & 15];
   return S::load_table(entries);
 }
 
 template <class S, int Bits>
 static SQC_INLINE void unpack_run(const std::uint8_t* p, typename S::Table table, typename S::TileT* tiles) {
-  if constexpr (Bits == 4) {
+  if constexpr (Bits == 8) {
+    const auto* weights = reinterpret_cast<const std::int8_t*>(p);
+    tiles[0] = S::load_entries(weights);
+    tiles[1] = S::load_entries(weights + 64);
+  } else if constexpr (Bits == 4) {
     S::unpack(p, table, tiles[0], tiles[1]);
   } else if constexpr (Bits == 2) {
     const auto codes = S::load_codes(p);
@@ -221,6 +229,7 @@ static void q4gemm_bits(const Q4gemmParams& p, std::int64_t begin, std::int64_t 
 template <class S, int GemvRows, int GemmRows, int GemmPanels>
 static void q4gemm_generic(const Q4gemmParams& p, std::int64_t begin, std::int64_t end, std::uint8_t* scratch) {
   if (p.bits == 2) return q4gemm_bits<S, 2, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
+  if (p.bits == 8) return q4gemm_bits<S, 8, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
   if (p.bits == 3) return q4gemm_bits<S, 3, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
   q4gemm_bits<S, 4, GemvRows, GemmRows, GemmPanels>(p, begin, end, scratch);
 }

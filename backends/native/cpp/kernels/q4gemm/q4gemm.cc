@@ -15,6 +15,8 @@ Status invalid(const char* what) noexcept {
   return Status::error(StatusCode::kInvalidArgument, "q4gemm: %s", what);
 }
 
+bool are_bits(int bits) noexcept { return (bits >= 2 && bits <= 4) || bits == 8; }
+
 std::int64_t padded_k(std::int64_t k, std::int64_t group) noexcept { return (k + group - 1) / group * group; }
 
 }  // namespace
@@ -31,7 +33,7 @@ Status q4gemm_check(const Q4gemmParams& p) noexcept {
   if (p.m < 0) return invalid("a size is negative");
   if (p.a_stride < padded_k(p.k, p.group)) return invalid("a_stride is less than k rounded up to whole groups");
   if (p.c_stride < p.n) return invalid("c_stride is less than n");
-  if (p.bits < 2 || p.bits > 4) return invalid("codes have not 2, 3 or 4 bits");
+  if (!are_bits(p.bits)) return invalid("codes have not 2, 3, 4 or 8 bits");
   for (const std::int8_t entry : p.table) {
     if (entry == -128) return invalid("a table entry is -128; entries are -127 to 127");
   }
@@ -66,7 +68,7 @@ std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t gr
 Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes, std::uint8_t* packed,
                    int bits) noexcept {
   SQC_RETURN_IF_ERROR(q4gemm_check_sizes(n, k, group));
-  if (bits < 2 || bits > 4) return invalid("codes have not 2, 3 or 4 bits");
+  if (!are_bits(bits)) return invalid("codes have not 2, 3, 4 or 8 bits");
   const std::int64_t panel_bytes = padded_k(k, group) * 2 * bits;
   std::memset(packed, 0, static_cast<std::size_t>(q4gemm_packed_bytes(n, k, group, bits)));
   for (std::int64_t row = 0; row < n; ++row) {
@@ -76,11 +78,13 @@ Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std
     };
     for (std::int64_t i = 0; i < k; ++i) {
       const int code = codes[row * k + i];
+      if (bits == 8 && code == 128) return invalid("a weight is -128; 8-bit weights are -127 to 127");
       if (code >> bits != 0) {
         return Status::error(StatusCode::kInvalidArgument, "q4gemm: a code is over %d", (1 << bits) - 1);
       }
       const std::int64_t within = i % 4, tile = i / 4;
       if (bits == 4) put(tile / 2 * 64 + within, code, tile % 2 * 4);
+      if (bits == 8) put(tile * 64 + within, code, 0);
       if (bits == 2) put(tile / 4 * 64 + within, code, tile % 4 * 2);
       if (bits == 3) {
         const std::int64_t run = tile / 8 * 192 + within;

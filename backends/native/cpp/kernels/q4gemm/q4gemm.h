@@ -1,5 +1,5 @@
 // 4-, 3- and 2-bit group-wise matrix product: signed 8-bit activations times codes that index a table of 16, 8 or
-// 4 values.
+// 4 values; and times 8-bit weights, which are their own values.
 //
 //   sum[m][n][g] = sum over k in group g of a[m][k] * (table[b[n][k]] - b_zero[n][g])    in int32, exact
 //   total[m][n]  = for g = 0, 1, ...: total = fma(float(sum[m][n][g]), scale[m][n][g], total)
@@ -18,6 +18,7 @@
 //   2 bits: 64 bytes for 16 k; bits 2 t and 2 t + 1 are tile t of four.
 //   3 bits: 192 bytes for 32 k; the lower two bits of tiles 0 to 3, of tiles 4 to 7, and the upper bits: bit t
 //     is tile t of eight.
+//   8 bits: 64 bytes for 4 k, a tile as it is; weights -127 to 127.
 // Scales and zero points: [panel][group][16].
 
 #ifndef SQC_KERNELS_Q4GEMM_Q4GEMM_H_
@@ -50,7 +51,7 @@ struct Q4gemmParams {
   float* c;                    // [m][c_stride]
   std::int64_t c_stride;
   float low, high;             // as in qgemm.h
-  int bits = 4;                // of a code: 2, 3 or 4; as many entries of the table count as codes have values
+  int bits = 4;                // of a code: 2, 3, 4 or 8; as many entries of the table count as codes have values
 };
 
 // Panels [begin, end) for all rows, of which there is at least one. `scratch` is 64-byte aligned and this thread's own; see
@@ -79,7 +80,7 @@ Status q4gemm_check(const Q4gemmParams& params) noexcept;
 // Bytes of the packed codes of an [n][k] matrix.
 std::int64_t q4gemm_packed_bytes(std::int64_t n, std::int64_t k, std::int64_t group, int bits = 4) noexcept;
 
-// Packs codes [n][k], each of so many bits (higher ones are an error).
+// Packs codes [n][k], each of so many bits (higher ones are an error, and so is -128 as an 8-bit weight).
 Status q4gemm_pack(std::int64_t n, std::int64_t k, std::int64_t group, const std::uint8_t* codes, std::uint8_t* packed,
                    int bits = 4) noexcept;
 

@@ -203,6 +203,7 @@ struct Simd {
       high.v[i] = vqtbl1q_s8(table.v, vshrq_n_u8(codes, 4));
     }
   }
+  static SQC_INLINE TileT load_entries(const std::int8_t* p) { return load_tile(p); }
   struct Codes {
     uint8x16_t v[4];
   };

@@ -244,6 +244,7 @@ struct Simd {
   static SQC_INLINE void unpack(const std::uint8_t* p, const Table& table, TileT& low, TileT& high) {
     for (int i = 0; i < 64; ++i) low.v[i] = table.v[p[i] & 15], high.v[i] = table.v[p[i] >> 4];
   }
+  static SQC_INLINE TileT load_entries(const std::int8_t* p) { return load_tile(p); }
   struct Codes {
     std::uint8_t v[64];
   };

@@ -22,6 +22,7 @@
 //   dot_table: sum over 4 k of (table[code] + kTableOffset) * act_s8. The same instruction with the roles
 //     exchanged, so that sums over *activations* correct for the offset; the quantizer has them.
 
+//   load_entries(weights): 64 signed bytes as such a tile.
 //   look_up<Shift>(codes, table): the tile of table entries of the four bits at Shift of 64 bytes. Of those four
 //     the upper ones may be another code's: tables for codes of fewer bits repeat their entries.
 //   merge<Shift, Bit>(low, high): bytes whose lowest two bits are those at Shift of `low`, and whose third is the

@@ -225,6 +225,7 @@ struct Simd {
       high.v[i] = _mm256_shuffle_epi8(table.v, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
     }
   }
+  static SQC_INLINE TileT load_entries(const std::int8_t* p) { return {{load256(p), load256(p + 32)}}; }
   using Codes = TileT;
   static SQC_INLINE Codes load_codes(const std::uint8_t* p) { return {{load256(p), load256(p + 32)}}; }
   // Shifts are of 16 bits at a time: what a byte gets from its neighbour lies above its own bits.

@@ -150,6 +150,9 @@ struct Simd {
     low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibble));
     high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
   }
+  static SQC_INLINE TileT load_entries(const std::int8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+  }
   using Codes = __m512i;
   static SQC_INLINE Codes load_codes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   // Shifts are of 16 bits at a time: what a byte gets from its neighbour lies above its own bits.
