@@ -224,6 +224,11 @@ class Products:
         arrays = {"b": w.codes, "table": w.table, "b_scale": w.scale.view(np.uint16)}
         return self.call4(_native.q4gemm, b_zero=None, bits=bits), arrays
 
+    def grouped_int8(self) -> tuple[Callable[..., object], dict[str, Any]]:
+        w = kernels.pack_grouped_int8(self.int8_matrix(), self.group_scale, GROUP)
+        arrays = {"b": w.codes, "table": w.table, "b_scale": w.scale.view(np.uint16)}
+        return self.call4(_native.q4gemm, b_zero=None, bits=8), arrays
+
     def sparse_int8(self, sparsity: float) -> tuple[Callable[..., object], dict[str, Any]]:
         w = kernels.pack_sparse_int8(self.int8_matrix(self.zeros(sparsity)), self.scale)
         arrays = {
@@ -286,6 +291,7 @@ def decode(pool: kernels.ThreadPool, isa: str | None, in_cache: bool, m: int = 1
     products = Products(m, n, DECODE_K, pool, isa)
     makers: list[tuple[str, str | None, tuple[Callable[..., object], dict[str, Any]]]] = [
         ("int8", None, products.int8()),
+        ("int8, groups of 128", "int8", products.grouped_int8()),
         ("int4", None, products.int4()),
         ("int3", "int4", products.int4(3)),
         ("int2", "int4", products.int4(2)),
@@ -323,6 +329,7 @@ def prefill(pool: kernels.ThreadPool, isa: str | None) -> list[Contender]:
 
     runs = [
         ("int8", bind(products.int8())),
+        ("int8, groups of 128", bind(products.grouped_int8())),
         ("int4", bind(products.int4())),
         ("int3", bind(products.int4(3))),
         ("int2", bind(products.int4(2))),

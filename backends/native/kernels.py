@@ -38,6 +38,7 @@ __all__ = [
     "int8_matmul",
     "list_kernels",
     "pack_block_sparse_int8",
+    "pack_grouped_int8",
     "pack_int4",
     "pack_int8",
     "pack_sparse_int4",
@@ -112,7 +113,10 @@ class Int8Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Weight:
-    """A matrix [N, K] of 4-, 3- or 2-bit codes with a table and group scales, in the order of q4gemm.h."""
+    """A matrix [N, K] of 4-, 3- or 2-bit codes with a table and group scales, in the order of q4gemm.h.
+
+    With 8 bits a code is the weight itself, and the table has no meaning.
+    """
 
     n: int
     k: int
@@ -375,6 +379,42 @@ def pack_int4(
     )
 
 
+def pack_grouped_int8(
+    weight: NDArray[np.int8],
+    scale: Floats,
+    group_size: int,
+    *,
+    bias: Floats | None = None,
+    half_scales: bool = True,
+) -> Int4Weight:
+    """Pack an int8 matrix with a scale for each group of columns, for `int4_matmul`.
+
+    For activations with group scales too; with one scale an output and a row, `pack_int8` is faster.
+
+    Shapes: weight [N, K], -127..127; scale [N, ceil(K / group_size)]; bias [N].
+
+    Raises:
+        InputError: A shape or dtype is wrong, or a weight is -128.
+        FormatError: The group size is not 32, 64 or 128.
+    """
+    weight = _matrix(weight, np.int8, "weight")
+    n, k = weight.shape
+    _check_group_size(group_size)
+    packed = _allocate(_native.q4gemm_packed_bytes(n, k, group_size, 8), np.uint8)
+    _run(_native.q4gemm_pack, weight.view(np.uint8), group_size, packed, 8)
+    return Int4Weight(
+        n=n,
+        k=k,
+        group_size=group_size,
+        codes=packed,
+        table=np.zeros(16, np.int8),
+        scale=_group_scales(scale, n, k, group_size, half_scales),
+        zero_point=None,
+        bias=_optional_bias(bias, n),
+        bits=8,
+    )
+
+
 def int4_matmul(
     a: QuantizedRows,
     weight: Int4Weight,
@@ -385,7 +425,7 @@ def int4_matmul(
     isa: str | None = None,
     pool: ThreadPool | None = None,
 ) -> Floats:
-    """Multiply signed 8-bit rows by a 4-, 3- or 2-bit weight: clamp(dequantize(a) @ dequantize(weight).T + bias).
+    """Multiply signed 8-bit rows by a weight with group scales: clamp(dequantize(a) @ dequantize(weight).T + bias).
 
     The activations need sums by the weight's groups, and one scale a row or one a group.
 

@@ -287,6 +287,29 @@ def test_products_of_fewer_bits(m: int, bits: int) -> None:
         kernels.pack_int4(codes, NF4, scale, 64, bits=5)
 
 
+@pytest.mark.parametrize("grouped_rows", [False, True])
+@pytest.mark.parametrize("m", [1, 7])
+def test_int8_products_with_group_scales(m: int, grouped_rows: bool) -> None:
+    generator = random(20)
+    weight = generator.integers(-127, 128, (37, 200), np.int8)
+    scale = generator.uniform(0.01, 0.1, (37, 4)).astype(np.float16).astype(np.float32)
+    packed = kernels.pack_grouped_int8(weight, scale, 64)
+    x = random_rows(21, m, 200)
+    rows = (
+        kernels.quantize_rows(x, group_size=64)
+        if grouped_rows
+        else kernels.quantize_rows(x, sum_group_size=64)
+    )
+    results = [kernels.int4_matmul(rows, packed, isa=isa) for isa in ISAS]
+    # As codes of a table with every int8 value.
+    codes = weight.view(np.uint8)
+    expected = int4_reference(rows, codes, [*range(128), *range(-128, 0)], scale, None, 64)
+    assert np.abs(results[0] - expected).max() <= 1e-6 * (1 + np.abs(expected).max())  # as above
+    assert all(same_bits(result, results[0]) for result in results)
+    with pytest.raises(InputError, match="a weight is -128"):
+        kernels.pack_grouped_int8(weight - np.int8(10), scale, 64)
+
+
 def test_int4_threads_do_not_change_a_bit() -> None:
     codes = random(14).integers(0, 16, (200, 320), np.uint8)
     weight = kernels.pack_int4(codes, NF4, random(15).uniform(0.1, 1, (200, 5)).astype(np.float32), 64)

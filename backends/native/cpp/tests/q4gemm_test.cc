@@ -175,6 +175,14 @@ SQC_TEST(q4gemm_largest_sums) {
       for (std::int32_t& s : p.a_sum) s = value * 128;
       for (std::int8_t& t : p.table) t = value < 0 ? std::int8_t{-127} : std::int8_t{127};
       check(p);
+      Options options = p.o;
+      options.bits = 8;
+      Problem bytes(options, random);
+      for (std::int8_t& v : bytes.a) v = static_cast<std::int8_t>(value);
+      for (std::int32_t& s : bytes.a_sum) s = value * 128;
+      for (std::uint8_t& c : bytes.codes) c = value < 0 ? std::uint8_t{129} : std::uint8_t{127};
+      SQC_CHECK(q4gemm_pack(16, 4096, 128, bytes.codes.data(), bytes.packed.data(), 8).is_ok());
+      check(bytes);
     }
   }
 }
