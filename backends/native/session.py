@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sqcompile.backend import Session
 from sqcompile.backends.native import _native
@@ -42,13 +44,8 @@ class NativeSession(Session):
             InputError: If an operator refuses the values, such as a token beyond the vocabulary.
             BackendError: If there is not enough memory.
         """
-        tensors = [
-            item.detach().contiguous().numpy()
-            for item, value in zip(inputs, self.signature.inputs, strict=True)
-            if value.is_tensor
-        ]
         try:
-            results = iter(self.inner.run(tensors))
+            results = iter(self.inner.run(self._arrays(inputs)))
         except ValueError as error:
             raise InputError(
                 "The engine refuses the inputs.",
@@ -65,6 +62,23 @@ class NativeSession(Session):
         return [
             torch.from_numpy(next(results)) if value.is_tensor else value.constant
             for value in self.signature.outputs
+        ]
+
+    def profile(self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10) -> dict[str, float]:
+        """Return the median time of layers in ns, by name: of all steps that a layer became."""
+        arrays = self._arrays(inputs)
+        times = np.median([self.inner.profile(arrays) for _ in range(runs)], axis=0)
+        found: dict[str, float] = {}
+        for (_, name), time_ns in zip(self.model.steps, times, strict=True):
+            if name in layers:
+                found[name] = found.get(name, 0.0) + float(time_ns)
+        return found
+
+    def _arrays(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
+        return [
+            item.detach().contiguous().numpy()
+            for item, value in zip(inputs, self.signature.inputs, strict=True)
+            if value.is_tensor
         ]
 
 

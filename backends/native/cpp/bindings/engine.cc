@@ -51,17 +51,13 @@ class SharedSession {
   explicit SharedSession(std::unique_ptr<Session> session) : session_(std::move(session)) {}
 
   std::vector<nb::ndarray<nb::numpy>> run(const std::vector<AnyArray>& inputs) {
-    std::vector<sqc::InputView> views;
-    for (const AnyArray& input : inputs) {
-      views.push_back({dtype_of(input), static_cast<int>(input.ndim()), input.shape_ptr(), input.data()});
-    }
+    const std::vector<sqc::InputView> views = views_of(inputs);
     std::vector<std::unique_ptr<std::uint8_t[]>> copies;
     std::vector<sqc::Tensor> outputs;
     {
       const nb::gil_scoped_release release;
       const std::lock_guard<std::mutex> turn(mutex_);
-      const Status status = session_->run({views.data(), views.size()});
-      if (!status.is_ok()) raise_unless_ok(status);
+      raise_unless_ok(session_->run({views.data(), views.size()}));
       for (std::size_t i = 0; i < session_->plan().outputs.size(); ++i) {
         const sqc::Tensor& output = session_->output(i);
         const auto bytes = static_cast<std::size_t>(output.bytes());
@@ -80,11 +76,29 @@ class SharedSession {
     return results;
   }
 
+  // Nanoseconds of each step of one run.
+  std::vector<std::int64_t> profile(const std::vector<AnyArray>& inputs) {
+    const std::vector<sqc::InputView> views = views_of(inputs);
+    std::vector<std::int64_t> times_ns;
+    const nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> turn(mutex_);
+    raise_unless_ok(session_->profile({views.data(), views.size()}, &times_ns));
+    return times_ns;
+  }
+
   int threads() const { return session_->threads(); }
   const char* isa() const { return sqc::isa_name(session_->isa()); }
   std::size_t memory_bytes() const { return session_->memory_bytes(); }
 
  private:
+  static std::vector<sqc::InputView> views_of(const std::vector<AnyArray>& inputs) {
+    std::vector<sqc::InputView> views;
+    for (const AnyArray& input : inputs) {
+      views.push_back({dtype_of(input), static_cast<int>(input.ndim()), input.shape_ptr(), input.data()});
+    }
+    return views;
+  }
+
   std::mutex mutex_;
   std::unique_ptr<Session> session_;
 };
@@ -151,6 +165,7 @@ void bind_engine(nb::module_& m) {
   nb::class_<SharedSession>(m, "Session", "A model with threads and memory of its own.")
       .def(nb::new_(&make_session), nb::arg("model"), nb::arg("threads"), nb::arg("isa").none())
       .def("run", &SharedSession::run, nb::arg("inputs"), "Outputs for contiguous arrays, one for each input.")
+      .def("profile", &SharedSession::profile, nb::arg("inputs"), "Nanoseconds of each step of one run.")
       .def_prop_ro("threads", &SharedSession::threads)
       .def_prop_ro("isa", &SharedSession::isa)
       .def_prop_ro("memory_bytes", &SharedSession::memory_bytes, "Bytes of memory for tensors by now.");

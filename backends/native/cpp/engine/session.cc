@@ -1,6 +1,7 @@
 #include "engine/session.h"
 
 #include <algorithm>
+#include <chrono>
 #include <new>
 
 #include "engine/memory_plan.h"
@@ -57,7 +58,7 @@ Status Session::find_symbols() noexcept {
   return Status::ok();
 }
 
-Status Session::run(Span<const InputView> inputs) noexcept {
+Status Session::run(Span<const InputView> inputs, std::vector<std::int64_t>* times_ns) noexcept {
   current_ = nullptr;
   SQC_RETURN_IF_ERROR(bind(inputs));
   Execution* execution = nullptr;
@@ -82,7 +83,7 @@ Status Session::run(Span<const InputView> inputs) noexcept {
     // Only outputs are written to, and those lie in the arena.
     tensor.data = const_cast<std::uint8_t*>(begin + tensor.offset);
   }
-  SQC_RETURN_IF_ERROR(run_steps(*execution));
+  SQC_RETURN_IF_ERROR(run_steps(*execution, times_ns));
   execution->last_use = ++runs_;
   current_ = execution;
   return Status::ok();
@@ -234,13 +235,25 @@ Status Session::prepare_steps(Execution& e) {
   return Status::ok();
 }
 
-Status Session::run_steps(Execution& e) noexcept {
+Status Session::run_steps(Execution& e, std::vector<std::int64_t>* times_ns) noexcept {
   const Plan& plan = model_->plan();
+  try {
+    if (times_ns != nullptr) times_ns->assign(plan.operators.size(), 0);
+  } catch (const std::bad_alloc&) {
+    return out_of_memory();
+  }
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin = times_ns != nullptr ? Clock::now() : Clock::time_point();
   for (const std::uint32_t s : e.steps) {
     const format::Operator& step = plan.operators[s];
     RunContext context(plan, step, e.tensors.data(), e.sizes.data(), *pool_, kernels_, scratch_.data());
     const Status status = find_operator(step.kind)->run(context);
     if (!status.is_ok()) return located(status, plan, step);
+    if (times_ns != nullptr) {
+      const Clock::time_point end = Clock::now();
+      (*times_ns)[s] = std::chrono::duration_cast<std::chrono::nanoseconds>(end - begin).count();
+      begin = end;
+    }
   }
   return Status::ok();
 }
