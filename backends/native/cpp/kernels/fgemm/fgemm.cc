@@ -20,6 +20,32 @@ std::uint16_t to_bf16(float value) noexcept {
   return static_cast<std::uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
+// Sixteen k of a panel at a time, which both orders of b read from whole cache lines.
+template <class T, class Convert>
+void pack(std::int64_t n, std::int64_t k, const float* b, std::int64_t n_stride, std::int64_t k_stride, T* packed,
+          Convert convert) noexcept {
+  for (std::int64_t first = 0; first < n; first += 16) {
+    const std::int64_t rows = n - first < 16 ? n - first : 16;
+    for (std::int64_t i = 0; i < k; i += 16, packed += 256) {
+      const std::int64_t steps = k - i < 16 ? k - i : 16;
+      const float* from = b + first * n_stride + i * k_stride;
+      if (rows < 16) std::memset(packed, 0, static_cast<std::size_t>(steps * 16) * sizeof(T));
+      if (n_stride == 1) {
+        for (std::int64_t step = 0; step < steps; ++step) {
+          for (std::int64_t row = 0; row < rows; ++row) packed[step * 16 + row] = convert(from[step * k_stride + row]);
+        }
+      } else {
+        for (std::int64_t row = 0; row < rows; ++row) {
+          for (std::int64_t step = 0; step < steps; ++step) {
+            packed[step * 16 + row] = convert(from[row * n_stride + step * k_stride]);
+          }
+        }
+      }
+      if (steps < 16) packed -= (16 - steps) * 16;  // the next panel follows without a gap
+    }
+  }
+}
+
 }  // namespace
 
 Span<const Kernel<FgemmFunction>> fgemm_kernels() noexcept { return kKernels; }
@@ -69,18 +95,10 @@ std::int64_t fgemm_packed_bytes(std::int64_t n, std::int64_t k, FgemmType type) 
 Status fgemm_pack(std::int64_t n, std::int64_t k, const float* b, std::int64_t n_stride, std::int64_t k_stride,
                   FgemmType type, void* packed) noexcept {
   if (n < 0 || k < 0) return invalid("a size is negative");
-  for (std::int64_t panel = 0; panel < (n + 15) / 16; ++panel) {
-    for (std::int64_t i = 0; i < k; ++i) {
-      for (std::int64_t lane = 0; lane < 16; ++lane) {
-        const std::int64_t row = panel * 16 + lane, at = (panel * k + i) * 16 + lane;
-        const float value = row < n ? b[row * n_stride + i * k_stride] : 0.0f;
-        if (type == FgemmType::f32) {
-          static_cast<float*>(packed)[at] = value;
-        } else {
-          static_cast<std::uint16_t*>(packed)[at] = to_bf16(value);
-        }
-      }
-    }
+  if (type == FgemmType::f32) {
+    pack(n, k, b, n_stride, k_stride, static_cast<float*>(packed), [](float value) { return value; });
+  } else {
+    pack(n, k, b, n_stride, k_stride, static_cast<std::uint16_t*>(packed), to_bf16);
   }
   return Status::ok();
 }
