@@ -345,7 +345,7 @@ def embedding_of_codes(context: Lowering, node: fx.Node, indices: Value) -> Valu
     if by_column or (how.axis == 1 and how.group_size is None):
         return None
     shape = context.shape(node)
-    rows = context.step("index", [context.value(codes), indices], dtype_of(codes), shape, (0,))
+    rows, lowest = _rows_of_codes(context, codes, how, indices, shape)
     parts = []
     for item in (scale, zero_point):
         value = context.value(item)
@@ -361,5 +361,24 @@ def embedding_of_codes(context: Lowering, node: fx.Node, indices: Value) -> Valu
         how = Granularity(last, how.group_size, how.qmin, how.qmax)
     scales, zeros = (_spread(context, value, len(shape), how) for value in parts)
     value = _grouped(context, context.cast(rows, "f32"), how)
+    if lowest:
+        zeros = context.binary("sub", zeros, context.number(lowest, "i32"))
     value = context.binary("sub", value, context.cast(zeros, "f32"))
     return context.reshape(context.binary("mul", value, scales), shape)
+
+
+def _rows_of_codes(
+    context: Lowering, codes: fx.Node, how: Granularity, indices: Value, shape: tuple[Size, ...]
+) -> tuple[Value, int]:
+    """Look rows of codes up, which are stored two a byte if they fit; also return what code 0 then is."""
+    columns = shape[-1]
+    if how.qmax - how.qmin > 15 or not isinstance(columns, int):
+        return context.step("index", [context.value(codes), indices], dtype_of(codes), shape, (0,)), 0
+    tensor = context.constant(codes)
+    assert tensor is not None
+    nibbles = (tensor.to(torch.int16) - how.qmin).to(torch.uint8)
+    nibbles = torch.nn.functional.pad(nibbles, (0, columns % 2))
+    packed = context.stored(nibbles[:, ::2] | nibbles[:, 1::2] << 4)
+    bytes_shape = (*shape[:-1], -(-columns // 2))
+    rows = context.step("index", [packed, indices], "u8", bytes_shape, (0,))
+    return context.step("unpack_nibbles", [rows], "u8", shape), how.qmin

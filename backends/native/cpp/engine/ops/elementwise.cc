@@ -326,6 +326,24 @@ Status prepare_cast(PrepareContext& c) noexcept {
   return Status::ok();
 }
 
+// Two 4-bit codes a byte, the first one in the low half: u8 [.., ceil(n / 2)] -> u8 [.., n].
+Status prepare_unpack_nibbles(PrepareContext& c) noexcept {
+  const Tensor &in = c.in(0), &out = c.out();
+  SQC_REQUIRE(in.dtype == DType::u8 && out.dtype == DType::u8 && in.rank == out.rank && in.rank >= 1);
+  SQC_REQUIRE(in.is_contiguous() && in.columns() == out.columns() / 2 + out.columns() % 2);
+  for (int d = 0; d + 1 < in.rank; ++d) SQC_REQUIRE(in.shape[d] == out.shape[d]);
+  return Status::ok();
+}
+
+Status run_unpack_nibbles(RunContext& c) noexcept {
+  const std::int64_t n = c.out().columns(), bytes = c.in(0).columns();
+  return for_rows(c.pool, c.out().rows(), c.out().count(), [&](std::int64_t row) {
+    const std::uint8_t* in = c.in(0).data + row * bytes;
+    std::uint8_t* out = c.out().data + row * n;
+    for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<std::uint8_t>(i % 2 == 0 ? in[i / 2] & 15 : in[i / 2] >> 4);
+  });
+}
+
 Status prepare_binary(PrepareContext& c) noexcept {
   SQC_REQUIRE(c.in(0).dtype == c.out().dtype && is_number(c.out().dtype));
   return check_binary(c);

@@ -1,0 +1,188 @@
+"""Quantize, dequantize and scales from the data: every granularity, to the code; tables of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sqcompile.backends.native.artifact import NativeArtifact
+from sqcompile.backends.native.session import NativeSession
+from sqcompile.levels import Level
+from sqcompile.passes.quantize import QuantizeWeights
+from sqcompile.pipeline import PassContext
+from sqcompile.pipeline.manager import PassManager
+from sqcompile.program import Program
+from sqcompile.quantization.format import Format
+from sqcompile.tracing import trace
+
+Lower = Callable[[Program], NativeArtifact]
+Load = Callable[..., NativeSession]
+
+sq = torch.ops.sqcompile
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Fixed(nn.Module):
+    """Codes and values for a scale that is known."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, text: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.format = Format.parse(text)
+        size = self.format.granularity.scale_shape(shape)
+        self.register_buffer("scale", 0.01 + 0.02 * values(*size, seed=1).abs())
+        zero = torch.randint(-9, 10, size, generator=torch.Generator().manual_seed(2))
+        self.register_buffer("zero_point", (zero + self.format.middle).to(torch.int32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        format = self.format
+        options = (*format.granularity.pair, format.qmin, format.qmax)
+        codes = sq.quantize(x, self.scale, self.zero_point, *options)
+        return codes, sq.dequantize(codes, self.scale, self.zero_point, *options)
+
+
+class FromData(nn.Module):
+    """Scale, zero point, codes and values for a scale from the data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.format = Format.parse(text)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        format = self.format
+        options = (*format.granularity.pair, format.qmin, format.qmax)
+        scale, zero_point = sq.dynamic_scale(x, *options, format.symmetric)
+        codes = sq.quantize(x, scale, zero_point, *options)
+        return scale, zero_point, codes, sq.dequantize(codes, scale, zero_point, *options)
+
+
+def check(model: nn.Module, inputs: list[Tensor], lower: Lower, load: Load) -> NativeSession:
+    program = trace(model, (inputs[0],))
+    program.level = Level.QDQ
+    session = load(lower(program))
+    for x in inputs:
+        for result, expected in zip(session.run([x]), program.run([x]), strict=True):
+            assert result.dtype == expected.dtype
+            assert torch.equal(result, expected)
+    return session
+
+
+FIXED = [
+    "uint8",
+    "int8",
+    "uint8:channel=1",
+    "int8:channel=0",
+    "int8:group=4",
+    "int4:group=8",
+    "uint4:group=2@1",
+    "uint2",
+]
+
+
+@pytest.mark.parametrize("text", FIXED)
+def test_codes_are_the_references(text: str, lower: Lower, load: Load) -> None:
+    shape = (3, 4, 16)
+    inputs = [values(*shape), 100 * values(*shape, seed=3), torch.zeros(shape)]
+    check(Fixed(text, shape), inputs, lower, load)
+
+
+@pytest.mark.parametrize("columns", [16, 18, 3])
+def test_codes_of_rows_that_fill_no_tile(columns: int, lower: Lower, load: Load) -> None:
+    session = check(Fixed("uint8", (5, columns)), [values(5, columns)], lower, load)
+    assert "quantize_rows" in {name for name, _ in session.model.steps}
+
+
+FROM_DATA = {
+    "uint8:affine:dynamic": True,
+    "uint8:affine:token:dynamic": True,
+    "uint8:token:dynamic": True,
+    "int8:token:dynamic": True,
+    "int8:narrow:token:dynamic": True,
+    "int8:dynamic": False,
+    "int4:token:dynamic": False,
+    "uint4:affine:group=4:dynamic": False,
+    "int8:channel=1:dynamic": False,
+}
+
+
+@pytest.mark.parametrize("text", FROM_DATA)
+def test_scales_from_the_data_are_the_references(text: str, lower: Lower, load: Load) -> None:
+    shape = (3, 4, 16)
+    mixed = values(*shape, seed=4)
+    mixed[0] = 0
+    mixed[1, 0] = 1e-30
+    mixed[1, 1] = 3e38
+    session = check(
+        FromData(text), [values(*shape), -values(*shape).abs(), mixed, torch.zeros(shape)], lower, load
+    )
+    names = {name for name, _ in session.model.steps}
+    assert ("quantize_rows" in names) is FROM_DATA[text]
+
+
+def test_values_that_are_no_numbers_reach_the_output(lower: Lower, load: Load) -> None:
+    program = trace(nn.Linear(16, 8), (values(3, 16),))
+    PassManager([QuantizeWeights(activation=Format.parse("uint8:affine:dynamic"))]).run(
+        program, PassContext()
+    )
+    session = load(lower(program))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        x = values(3, 16)
+        x[1, 5] = wrong
+        assert session.run([x])[0].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8:channel=0",
+        "uint8:affine:channel=0",
+        "int8",
+        "int4:group=8",
+        "uint4:affine:group=8",
+        "int3:channel=0",
+    ],
+)
+@pytest.mark.parametrize("columns", [24, 7])
+def test_tables_of_codes_are_looked_up_as_codes(text: str, columns: int, lower: Lower, load: Load) -> None:
+    if "group" in text and columns % 8:
+        pytest.skip("these groups do not fill a row")
+    table = nn.Embedding(100, columns)
+    with torch.no_grad():
+        table.weight.copy_(values(100, columns))
+    program = trace(table, (torch.tensor([[1, 2], [3, 4]]),))
+    PassManager([QuantizeWeights(weight=Format.parse(text))]).run(program, PassContext())
+    artifact = lower(program)
+    ids = torch.tensor([[99, 0], [-1, 50]]) % 100
+    assert torch.equal(load(artifact).run([ids])[0], program.run([ids])[0])
+    code_bytes = 100 * (-(-columns // 2) if Format.parse(text).bits <= 4 else columns)
+    assert max(array.nbytes for array in artifact.plan.tensors if array.dtype.itemsize == 1) == code_bytes
+
+
+def test_layers_that_share_an_activation_quantize_it_once(lower: Lower, load: Load) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 16) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.q(x), self.k(x), self.v(x)
+
+    for options in (
+        {},
+        {"activation": Format.parse("uint8:affine:dynamic")},
+        {"weight": Format.parse("int4:group=32")},
+    ):
+        program = trace(Shared(), (values(3, 32),))
+        PassManager([QuantizeWeights(**options)]).run(program, PassContext())  # type: ignore[arg-type]
+        names = [name for name, _ in load(lower(program)).model.steps]
+        assert names.count("quantize_rows") == 1
+        assert sum(name.startswith("linear_q") for name in names) == 3
