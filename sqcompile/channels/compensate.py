@@ -20,7 +20,6 @@ from torch import fx
 
 from sqcompile.channels.groups import Group
 from sqcompile.channels.importance import data_axis
-from sqcompile.evaluate import run_watched
 from sqcompile.layers import Layer, layers_of
 from sqcompile.matching import tensor_users
 from sqcompile.program import Program
@@ -31,8 +30,35 @@ Batches = Callable[[], Iterable[Sequence[Any]]]
 _RIDGE = 1e-3  # of the mean square of the inputs: rounding must not decide where inputs are alike
 
 
-class _Seen(Exception):
-    """The watched value has been made; the rest of the run is not wanted."""
+class _Run:
+    """A run of a program that stops where it is told to and goes on later, with the weights of then.
+
+    Args:
+        program: The program.
+        inputs: Flat inputs.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
+        self._program = program
+        self._values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
+        self._uses = {node: len(node.users) for node in program.graph.nodes}
+        self._pending = program.compute_nodes()
+
+    def until(self, node: fx.Node) -> Any:
+        """Run up to a node and return its value; values that nothing needs any more are freed."""
+        while node not in self._values:
+            step = next(self._pending)
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), self._value)
+            with torch.no_grad():
+                self._values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
+            for source in step.all_input_nodes:
+                self._uses[source] -= 1
+                if not self._uses[source]:
+                    self._values.pop(source, None)
+        return self._values[node]
+
+    def _value(self, node: fx.Node) -> Any:
+        return self._program.tensor(node) if node.op == "get_attr" else self._values[node]
 
 
 @dataclass(frozen=True)
@@ -92,18 +118,16 @@ def compensate(edit: Rewriter, dense: Program, lost: Sequence[Lost], batches: Ba
     """
     program = edit.program
     nodes = {node.name: node for node in program.graph.nodes}
+    runs = [(_Run(dense, batch), _Run(program, batch)) for batch in batches()] if lost else []
     for item in lost:
         layer = item.layer
         assert layer.data is not None
-        after = nodes[layer.node.name]
-        data = after.args[layer.operator.data[0]]
+        data = nodes[layer.node.name].args[layer.operator.data[0]]
         assert isinstance(data, fx.Node)
         has_bias = _own_bias(program, nodes.get(layer.bias.name) if layer.bias is not None else None)
-        program.recompile()
-        moments = _moments(dense, layer, program, data, batches, constant=has_bias)
-        if moments is None:
-            continue
-        mixing = _mixing(*moments, item.kept)
+        axis = data_axis(layer)
+        values = ((_rows(old.until(layer.data), axis), _rows(new.until(data), axis)) for old, new in runs)
+        mixing = _mixing(*_moments(values, constant=has_bias), item.kept)
         _refit(edit, dense, item, mixing, nodes, has_bias)
 
 
@@ -112,40 +136,24 @@ def _own_bias(program: Program, bias: fx.Node | None) -> bool:
 
 
 def _moments(
-    dense: Program, layer: Layer, program: Program, data: fx.Node, batches: Batches, *, constant: bool
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    values: Iterable[tuple[torch.Tensor, torch.Tensor]], *, constant: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return E[x x'ᵀ] and E[x' x'ᵀ], where x' ends in 1 if the layer has a bias."""
-    assert layer.data is not None
-    cross = square = None
+    cross = square = torch.zeros(1, dtype=torch.float64)
     count = 0
-    for batch in batches():
-        before = _rows(dense, batch, layer.data, data_axis(layer))
-        after = _rows(program, batch, data, data_axis(layer))
+    for before, after in values:
         if constant:
             after = torch.cat([after, torch.ones(1, after.shape[1], dtype=after.dtype)])
-        product, own = before @ after.T, after @ after.T
-        cross = product if cross is None else cross + product
-        square = own if square is None else square + own
+        cross = cross + before @ after.T
+        square = square + after @ after.T
         count += after.shape[1]
-    if cross is None or square is None or not count:
-        return None
     return cross / count, square / count
 
 
-def _rows(program: Program, batch: Sequence[Any], node: fx.Node, axis: int) -> torch.Tensor:
-    """Return the values of a node in a run, one row a channel; the run ends there."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: fx.Node, value: torch.Tensor) -> None:
-        moved = value.detach().movedim(axis, 0)
-        seen.append(moved.reshape(moved.shape[0], -1).to(torch.float64))
-        raise _Seen
-
-    try:
-        run_watched(program, batch, [node], keep)
-    except _Seen:
-        pass
-    return seen[0]
+def _rows(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return a value with one row a channel."""
+    moved = value.detach().movedim(axis, 0)
+    return moved.reshape(moved.shape[0], -1).to(torch.float64)
 
 
 def _mixing(cross: torch.Tensor, square: torch.Tensor, kept: NDArray[np.bool_]) -> torch.Tensor:
