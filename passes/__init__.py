@@ -19,8 +19,11 @@ from sqcompile.passes.prune import (
     RemoveHeads,
     RemoveLayers,
     RemoveNeurons,
+    SparseGPT,
+    Wanda,
 )
 from sqcompile.passes.quantize import (
+    GPTQ,
     Calibrate,
     CorrectBias,
     EqualizeLayers,
@@ -32,6 +35,7 @@ from sqcompile.passes.quantize import (
 )
 
 __all__ = [
+    "GPTQ",
     "ApplyMasks",
     "Calibrate",
     "CanonicalizeActivations",
@@ -51,5 +55,7 @@ __all__ = [
     "RemoveLayers",
     "RemoveNeurons",
     "RemoveNoops",
+    "SparseGPT",
+    "Wanda",
     "pipelines",
 ]

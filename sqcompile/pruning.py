@@ -46,6 +46,15 @@ class PrunableWeight:
         """The first layer that uses it, which stands for all in reports."""
         return self.layers[0]
 
+    @property
+    def dense(self) -> torch.Tensor:
+        """The weight as its layers see it: zero where it is masked."""
+        return self.tensor if self.kept is None else self.tensor * self.kept
+
+    def removes(self, mask: torch.Tensor) -> bool:
+        """Whether a mask removes anything that is still there."""
+        return not bool(mask.all()) if self.kept is None else bool((self.kept & ~mask).any())
+
     def matrix(self, values: torch.Tensor) -> torch.Tensor:
         """View values of the weight's shape as a matrix [O, K]; see `as_matrix`."""
         return as_matrix(values, self.layer.operator.out_axis, self.layer.operator.in_axis)

@@ -183,6 +183,20 @@ class Pattern:
         cut = Cut.find(lambda: [blocks], removed_count(blocks.numel(), sparsity))
         return self.expand(~cut.removed(blocks)[0])
 
+    def mask_rows(
+        self, weight_scores: torch.Tensor, sparsity: float, kept: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Choose what to keep of every row, or row of blocks, by itself: each loses the same fraction.
+
+        Arguments and result as those of `mask`.
+        """
+        if self.m:
+            return self.mask(weight_scores, sparsity, kept)
+        blocks = self.block_scores(weight_scores, kept)
+        mask = torch.ones_like(blocks, dtype=torch.bool)
+        least = blocks.argsort(dim=-1, stable=True)[:, : removed_count(blocks.shape[1], sparsity)]
+        return self.expand(mask.scatter_(-1, least, False))
+
     def mask_by_threshold(self, weight_scores: torch.Tensor, threshold: float) -> torch.Tensor:
         """Keep what scores above `threshold` (blocks by their mean score per weight)."""
         if self.m:

@@ -6,7 +6,7 @@ in one run over the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,9 @@ from torch import Tensor, fx
 
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
-from sqcompile.progress import Progress
 
 Read = Callable[[fx.Node], list[Any]]
 """Returns the values of an operator's argument, one a batch."""
-
-Before = Callable[[fx.Node, Read], None]
-"""Takes a node that is about to run, and a way to read its arguments."""
 
 After = Callable[[fx.Node, list[Any]], list[Any]]
 """Takes a node and its values, one a batch; returns the values to go on with."""
@@ -33,6 +29,7 @@ class Stepwise:
         program: The program; it is only read.
 
     Attributes:
+        steps: The operators, in the order in which they run.
         substitutes: Values to take instead of stored or computed ones, by node; may grow during a run.
         functions: What to compute instead of an operator, by node: a function of its first argument.
     """
@@ -40,41 +37,31 @@ class Stepwise:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._last_use = _last_uses(program.graph)
+        self.steps = list(program.compute_nodes())
         self.substitutes: dict[fx.Node, Tensor] = {}
         self.functions: Mapping[fx.Node, Callable[[Any], Any]] = {}
 
-    def run(
-        self,
-        batches: Sequence[Sequence[Any]],
-        *,
-        before: Before | None = None,
-        after: After | None = None,
-        progress: Progress,
-        purpose: str,
-    ) -> None:
-        """Run all batches side by side.
+    def walk(
+        self, batches: Sequence[Sequence[Any]], *, after: After | None = None
+    ) -> Iterator[tuple[fx.Node, Read]]:
+        """Run all batches side by side; yield each operator before it runs, and a way to read its arguments.
 
         Memory: the values of all batches that are alive at one place of the graph.
 
         Args:
             batches: Flat inputs.
-            before: Called before every operator.
             after: Called behind every operator.
-            progress: Shows how far it is.
-            purpose: What it is done for, for the progress bar.
         """
         values: dict[fx.Node, list[Any]] = {}
         for index, node in enumerate(self._program.placeholders):
             values[node] = [batch[index] for batch in batches]
-        steps = list(self._program.compute_nodes())
-        with torch.no_grad():
-            for node in progress.track(steps, purpose):
-                if before is not None:
-                    before(node, values.__getitem__)
+        for node in self.steps:
+            yield node, values.__getitem__
+            with torch.no_grad():
                 computed = [self._compute(node, values, position) for position in range(len(batches))]
-                values[node] = computed if after is None else after(node, computed)
-                for spent in self._last_use.get(node, ()):
-                    values.pop(spent, None)
+            values[node] = computed if after is None else after(node, computed)
+            for spent in self._last_use.get(node, ()):
+                values.pop(spent, None)
 
     def peak_bytes(self, batch: Sequence[Any]) -> int:
         """Return the most bytes that one batch's values take at one place of the graph."""
@@ -84,7 +71,7 @@ class Stepwise:
             node: [value] for node, value in zip(self._program.placeholders, batch, strict=True)
         }
         with torch.no_grad():
-            for node in self._program.compute_nodes():
+            for node in self.steps:
                 values[node] = [self._compute(node, values, 0)]
                 sizes[node] = _size_bytes(values[node][0])
                 peak = max(peak, sum(sizes.values()))

@@ -6,5 +6,16 @@ from sqcompile.passes.prune.remove_channels import RemoveChannels
 from sqcompile.passes.prune.remove_heads import RemoveHeads
 from sqcompile.passes.prune.remove_layers import RemoveLayers
 from sqcompile.passes.prune.remove_neurons import RemoveNeurons
+from sqcompile.passes.prune.sparse_gpt import SparseGPT
+from sqcompile.passes.prune.wanda import Wanda
 
-__all__ = ["ApplyMasks", "MaskWeights", "RemoveChannels", "RemoveHeads", "RemoveLayers", "RemoveNeurons"]
+__all__ = [
+    "ApplyMasks",
+    "MaskWeights",
+    "RemoveChannels",
+    "RemoveHeads",
+    "RemoveLayers",
+    "RemoveNeurons",
+    "SparseGPT",
+    "Wanda",
+]

@@ -5,11 +5,13 @@ from sqcompile.passes.quantize.correct_bias import CorrectBias
 from sqcompile.passes.quantize.equalize_layers import EqualizeLayers
 from sqcompile.passes.quantize.fold_qdq import FoldQDQ
 from sqcompile.passes.quantize.freeze_observers import FreezeObservers
+from sqcompile.passes.quantize.gptq import GPTQ
 from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 from sqcompile.passes.quantize.relax_clamps import RelaxClamps
 
 __all__ = [
+    "GPTQ",
     "Calibrate",
     "CorrectBias",
     "EqualizeLayers",

@@ -77,7 +77,9 @@ class CorrectBias(Pass):
             shift = _beside(shifts[node], layer).to(values[0].dtype)
             return [value + shift for value in values]
 
-        simulation.run(batches, after=correct, progress=context.progress, purpose="correcting biases")
+        walk = simulation.walk(batches, after=correct)
+        for _ in zip(walk, context.progress.track(simulation.steps, "correcting biases"), strict=False):
+            pass
         edit = Rewriter(program, self.name)
         for node, shift in shifts.items():
             _shift_bias(edit, chosen[node], shift)

@@ -1,0 +1,143 @@
+"""Masking the weights whose loss the others can make up for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from sqcompile.layers import Layer
+from sqcompile.levels import Level
+from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
+from sqcompile.program import Program
+from sqcompile.pruning import PrunableWeight, choose_layers, prunable_weights, set_mask
+from sqcompile.rewrite import Rewriter
+from sqcompile.second_order import Hessian, inverse_factor, refit, sweep
+from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.second_order.sweep import chooser
+from sqcompile.sparsity import Pattern
+
+
+class SparseGPT(Pass):
+    """Mask weights by what their loss costs the layer's outputs, and let the others make up for it.
+
+    The layers are pruned in graph order, on calibration data that went through the pruned ones before
+    them. The surviving weights change, so the program must not be pruned from another copy of the model.
+
+    Shapes: weight [O, K]; its mask likewise, True where it is kept.
+    Rewrites: linear(x, @weight)  ==>  linear(x, mask(@weight', @weight_mask)).
+    Keeps: interface().
+    Rejects: layers that are not linear or share their weight; weights whose sizes are no multiple of the
+        pattern's.
+    Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
+        InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
+    Source: Frantar and Alistarh 2023, arXiv 2301.00774; the refit is the closed-form least-squares solution.
+
+    Attributes:
+        sparsity: Fraction of each weight to zero, 0 ≤ s < 1. N:M patterns say it themselves.
+        pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
+        step: Columns that lose their share together; few, so that each is chosen after the others' changes.
+        block: Columns whose changes are made at once; changes no result, only the time.
+        damping: What is added to the Hessian's diagonal, as a share of its mean.
+        refit: Solve for the surviving weights exactly, row by row; K³ / 3 operations a row.
+        layers: Patterns of the layers to prune.
+        exclude: Patterns of layers to leave as they are.
+        max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
+    """
+
+    requires = produces = Level.ATEN
+    keeps: ClassVar[Keeps] = Keeps.interface()
+
+    sparsity: float | None = None
+    pattern: Pattern = Pattern()
+    step: int = 16
+    block: int = 128
+    damping: float = 0.001
+    refit: bool = False
+    layers: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    max_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        fixed = self.pattern.fixed_sparsity
+        if fixed is None and self.sparsity is None:
+            raise self.reject_option("sparsity", "a sparsity, or an N:M pattern such as 2:4")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise self.reject_option("sparsity", "a fraction s of weights to zero, 0 ≤ s < 1")
+        if fixed is not None and self.sparsity not in (None, fixed):
+            raise self.reject_option(
+                "sparsity", f"nothing, or {fixed:g}: the pattern {self.pattern} fixes it"
+            )
+        if self.step < 1 or self.step % max(self.pattern.m, self.pattern.columns, 1):
+            raise self.reject_option("step", f"a multiple of the columns of the pattern {self.pattern}")
+        if self.block < 1 or self.block % self.step:
+            raise self.reject_option("block", f"a multiple of step, {self.step}")
+        if not self.damping > 0:
+            raise self.reject_option("damping", "a positive number")
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Prune layer after layer."""
+        chosen = choose_layers(program, self.layers, self.exclude, (), where=f"pass {self.name}")
+        weights = {
+            weight.layer.node: weight
+            for weight in prunable_weights(
+                program, self._second_order(program, chosen, context), self.pattern, context.remark
+            )
+        }
+        results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
+
+        def visit(layer: Layer, hessian: Hessian) -> Tensor:
+            weight = weights[layer.node]
+            value, mask = self._prune(weight, hessian, context)
+            if weight.removes(mask):
+                results.append((weight, value, mask))
+                return value
+            return weight.dense
+
+        layers = [weight.layer for weight in weights.values()]
+        visit_layers(
+            program,
+            layers,
+            visit,
+            context,
+            max_bytes=self.max_bytes,
+            purpose="pruning layers",
+            with_dense=self.refit,
+        )
+        edit = Rewriter(program, self.name)
+        facts = {}
+        for weight, value, mask in results:
+            edit.replace_tensor(weight.layer.weight, value)
+            set_mask(edit, weight, mask, self.pattern)
+            facts[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
+        return PassResult(changes=edit.finish(), facts={"sparsity": facts})
+
+    def _second_order(self, program: Program, layers: Sequence[Layer], context: PassContext) -> list[Layer]:
+        found = []
+        for layer in layers:
+            reason = obstacle(program, layer)
+            if reason is None:
+                found.append(layer)
+            else:
+                context.remark(layer.node, f"is not pruned: {reason}")
+        return found
+
+    def _prune(self, weight: PrunableWeight, hessian: Hessian, context: PassContext) -> tuple[Tensor, Tensor]:
+        where = f"layer '{weight.layer.name}'"
+        factor, damping = inverse_factor(hessian.matrix, self.damping, where)
+        if damping > self.damping:
+            context.remark(
+                weight.layer.node, f"has a singular Hessian: damping {damping:g} instead of {self.damping:g}"
+            )
+        swept = sweep(
+            weight.dense,
+            factor,
+            choose=chooser(self.pattern, self.sparsity or 0.0),
+            kept=weight.kept,
+            step=self.pattern.m or self.step,
+            block=self.block,
+        )
+        assert swept.mask is not None
+        value = refit(weight.dense, swept.mask, hessian) if self.refit else swept.weight
+        return value.to(weight.tensor.dtype), swept.mask

@@ -1,0 +1,232 @@
+"""Round weights so that the layer's outputs change least."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from sqcompile.layers import Layer, layers_of, select_layers
+from sqcompile.levels import Level
+from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
+from sqcompile.program import Program
+from sqcompile.quantization.affine import Search
+from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTensor
+from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
+from sqcompile.quantization.stored import (
+    forget_unused_promises,
+    store_weight,
+    weight_scale,
+    weight_tensor,
+)
+from sqcompile.rewrite import Rewriter
+from sqcompile.second_order import Grid, Hessian, inverse_factor, sweep, target
+from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.second_order.sweep import chooser
+from sqcompile.sparsity import Pattern, Sparsity
+
+WEIGHT = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
+
+
+class GPTQ(Pass):
+    """Store weights as codes, rounded column by column so that later columns make up for each error.
+
+    The layers are quantized in graph order, on calibration data that went through the quantized ones
+    before them. Scales are chosen for the weights as they were, so that columns may be treated in the
+    order of their importance and yet keep their groups: the runtime needs no permutation. With a
+    `sparsity` or an N:M `pattern`, one sweep prunes and rounds, each making up for the other.
+
+    Layers without a Hessian of their own (embeddings, convolutions, tied weights) are rounded to nearest.
+
+    Shapes: weight [O, K]: scale [O] a channel, [O, ceil(K / n)] a group of n.
+    Rewrites: linear(%x, @weight)  ==>  linear(%x, dequantize(@codes)).
+    Keeps: interface().
+    Rejects: weights that are not float32 (remark).
+    Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
+        InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
+    Source: Frantar et al. 2023, arXiv 2210.17323; order and groups as its reference code's act-order with
+        static groups; pruning as Frantar and Alistarh 2023, arXiv 2301.00774, section 3.4.
+
+    Attributes:
+        weight: Format of weights: affine or symmetric, a scale a tensor, channel or group.
+        search: Of scales: `minmax` covers every weight; `mse` has the least squared error.
+        act_order: Treat columns with large inputs first; not together with pruning.
+        dense_targets: Fit to what the layer makes in the dense model, not to what it would make of the inputs
+            that the layers before have changed; twice the time and memory of the runs over the data.
+        damping: What is added to the Hessian's diagonal, as a share of its mean.
+        sparsity: Fraction of each weight to zero in the same sweep, or None.
+        pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
+        layers: Patterns of the layers to quantize.
+        exclude: Patterns of layers to leave in floating point.
+        formats: Other formats, by pattern or `kind:…`; `float` leaves the layer as it is.
+        max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
+    """
+
+    requires = Level.ATEN
+    produces = Level.QDQ
+    keeps: ClassVar[Keeps] = Keeps.interface()
+
+    weight: Format = WEIGHT
+    search: Search = "mse"
+    act_order: bool = True
+    dense_targets: bool = True
+    damping: float = 0.01
+    sparsity: float | None = None
+    pattern: Pattern = Pattern()
+    layers: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    formats: tuple[Override, ...] = ()
+    max_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        fixed = self.pattern.fixed_sparsity
+        formats = [self.weight, *(choice for _, choice in self.formats if isinstance(choice, Format))]
+        if any(format.dynamic for format in formats):
+            raise self.reject_option(
+                "weight", "a static format: a weight's scale is known when it is quantized"
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise self.reject_option("sparsity", "a fraction s of weights to zero, 0 ≤ s < 1")
+        if fixed is not None and self.sparsity not in (None, fixed):
+            raise self.reject_option(
+                "sparsity", f"nothing, or {fixed:g}: the pattern {self.pattern} fixes it"
+            )
+        if fixed is None and not self.pattern.is_unstructured and self.sparsity is None:
+            raise self.reject_option("sparsity", f"a fraction: the pattern {self.pattern} says none")
+        if not self.damping > 0:
+            raise self.reject_option("damping", "a positive number")
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Choose formats, sweep the layers in order, and store their codes."""
+        where = f"pass {self.name}"
+        sites = [site for site in sites_of(program) if site.layer is not None]
+        selected = {site.node for site in select_layers(sites, self.layers, self.exclude, where=where)}
+        choices = choose_formats(sites, self.weight, self.formats, where=where)
+        formats: dict[fx.Node, Format] = {}
+        swept: list[Layer] = []
+        for layer in layers_of(program):
+            choice = choices[layer.node]
+            if layer.node not in selected or choice is None:
+                continue
+            tensor = weight_tensor(program, layer)
+            if tensor.dtype != torch.float32:
+                context.remark(layer.node, f"stays in floating point: its weight is {tensor.dtype}")
+                continue
+            formats[layer.node], reason = weight_format(layer, choice, tuple(tensor.shape))
+            reason = obstacle(program, layer) or _unlike_grid(formats[layer.node]) or reason
+            if reason is not None:
+                context.remark(layer.node, reason)
+            if obstacle(program, layer) is None and _unlike_grid(formats[layer.node]) is None:
+                swept.append(layer)
+        results: dict[fx.Node, _Result] = {}
+
+        def visit(layer: Layer, hessian: Hessian) -> Tensor:
+            result = self._quantize(program, layer, formats[layer.node], hessian, context)
+            results[layer.node] = result
+            return result.weight
+
+        visit_layers(
+            program,
+            swept,
+            visit,
+            context,
+            max_bytes=self.max_bytes,
+            purpose="quantizing layers",
+            with_dense=self.dense_targets,
+        )
+        edit = Rewriter(program, self.name)
+        stored: dict[tuple[fx.Node, Format], fx.Node] = {}
+        for layer in layers_of(program):
+            if layer.node in formats:
+                _store(edit, layer, formats[layer.node], results.get(layer.node), stored, self.search)
+        if not edit.changes:
+            context.remark("program", "has no layer to quantize")
+        edit.finish()
+        forget_unused_promises(program)
+        return PassResult(edit.changes, facts={"swept": len(swept)})
+
+    def _quantize(
+        self, program: Program, layer: Layer, format: Format, hessian: Hessian, context: PassContext
+    ) -> _Result:
+        dense = weight_tensor(program, layer)
+        kept = dense != 0 if layer.weight_value is not layer.weight else None
+        wanted = target(dense, hessian)
+        scale, zero_point = weight_scale(wanted, format, self.search)
+        prunes = self.sparsity is not None or self.pattern.m > 0
+        order = None
+        matrix = hessian.matrix
+        if self.act_order and not prunes:
+            order = hessian.diagonal.argsort(descending=True, stable=True)
+            matrix = matrix[order][:, order]
+        factor, damping = inverse_factor(matrix, self.damping, f"layer '{layer.name}'")
+        if damping > self.damping:
+            context.remark(
+                layer.node, f"has a singular Hessian: damping {damping:g} instead of {self.damping:g}"
+            )
+        step = self.pattern.m or max(16, self.pattern.columns)
+        swept = sweep(
+            wanted,
+            factor,
+            grid=_grid(scale, zero_point, format, dense.shape[1]),
+            choose=chooser(self.pattern, self.sparsity or 0.0) if prunes else None,
+            kept=kept,
+            order=order,
+            step=step,
+            block=128 // step * step or step,
+        )
+        return _Result(swept.weight, swept.mask if prunes else None, scale, zero_point, self.pattern)
+
+
+class _Result:
+    """A layer's new weight, its mask if it was pruned, and its scales."""
+
+    def __init__(
+        self, weight: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, pattern: Pattern
+    ) -> None:
+        self.weight = weight
+        self.mask = mask
+        self.scale = scale
+        self.zero_point = zero_point
+        self.pattern = pattern
+
+
+def _unlike_grid(format: Format) -> str | None:
+    granularity = format.granularity
+    if isinstance(granularity, PerTensor) or granularity == PerChannel(0):
+        return None
+    if isinstance(granularity, PerGroup) and granularity.axis in (-1, 1):
+        return None
+    return f"is rounded to nearest: no sweep has a scale {granularity}"
+
+
+def _grid(scale: Tensor, zero_point: Tensor, format: Format, depth: int) -> Grid:
+    group_size = format.granularity.size if isinstance(format.granularity, PerGroup) else depth
+    rows = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+    shifts = zero_point.reshape(rows.shape)
+    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax)
+
+
+def _store(
+    edit: Rewriter,
+    layer: Layer,
+    format: Format,
+    result: _Result | None,
+    stored: dict[tuple[fx.Node, Format], fx.Node],
+    search: Search,
+) -> None:
+    value = layer.weight_value
+    if (value, format) not in stored:
+        weight = weight_tensor(edit.program, layer) if result is None else result.weight
+        scale, zero_point = (
+            weight_scale(weight, format, search) if result is None else (result.scale, result.zero_point)
+        )
+        with edit.before(layer.node):
+            node = store_weight(edit, value, layer.weight, weight, scale, zero_point, format)
+        if result is not None and result.mask is not None:
+            codes = node.args[0]
+            assert isinstance(codes, fx.Node)
+            edit.program.sparsity[str(codes.target)] = Sparsity(result.mask, result.pattern)
+        stored[value, format] = node
+    assert layer.operator.weight is not None
+    edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
