@@ -49,17 +49,6 @@ static SQC_INLINE float sum_lanes(typename S::F32 v) {
   return lanes[0];
 }
 
-// The largest lane that is not NaN; where zeros of both signs are largest, either of them.
-template <class S>
-static SQC_INLINE float largest_lane(typename S::F32 v) {
-  float lanes[16];
-  S::store_f(lanes, v);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  }
-  return lanes[0];
-}
-
 // A reduction over [0, count): vectors 0, 4, 8, ... of 16 go into the first of four accumulators, vectors
 // 1, 5, 9, ... into the second, and so on, so that four sums hide the latency of each other. Then the first
 // is added to the second, the third to the fourth, those two, and the lanes as sum_lanes does.

@@ -64,7 +64,7 @@ static void softmax_block(const AttentionParams& p, const AttentionState& state,
     largest = S::max_f(score, largest);
     S::store_f(scores + w * 16, score);
   }
-  const float before = state.maximum[r], block_maximum = largest_lane<S>(largest);
+  const float before = state.maximum[r], block_maximum = S::largest_lane(largest);
   const float maximum = block_maximum > before ? block_maximum : before;
   // -inf so far: any finite number will do, exp(-inf - 0) is 0.
   const auto shift = S::set_f(maximum == -kInfinity ? 0.0f : maximum);

@@ -117,6 +117,9 @@ struct Simd {
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return each_f([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
   }
+  static SQC_INLINE float largest_lane(F32 a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
+  }
   static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
     return each_f([&](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), x.v[i], y.v[i]); });
   }

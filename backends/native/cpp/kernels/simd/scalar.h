@@ -142,6 +142,12 @@ struct Simd {
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return each_f([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
+  // The largest lane, none of which is a NaN; of zeros of both signs either.
+  static SQC_INLINE float largest_lane(F32 a) {
+    float largest = a.v[0];
+    for (int i = 1; i < 16; ++i) largest = a.v[i] > largest ? a.v[i] : largest;
+    return largest;
+  }
   // a < b ? x : y
   static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
     return each_f([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });

@@ -117,6 +117,12 @@ struct Simd {
   static SQC_INLINE F32 min_f(F32 a, F32 b) {
     return {{_mm256_min_ps(a.v[0], b.v[0]), _mm256_min_ps(a.v[1], b.v[1])}};
   }
+  static SQC_INLINE float largest_lane(F32 a) {
+    const __m256 eight = _mm256_max_ps(a.v[0], a.v[1]);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
   static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
     return {{_mm256_blendv_ps(y.v[0], x.v[0], _mm256_cmp_ps(a.v[0], b.v[0], _CMP_LT_OQ)),
              _mm256_blendv_ps(y.v[1], x.v[1], _mm256_cmp_ps(a.v[1], b.v[1], _CMP_LT_OQ))}};

@@ -75,6 +75,7 @@ struct Simd {
   static SQC_INLINE F32 fma_f(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
   static SQC_INLINE F32 max_f(F32 a, F32 b) { return _mm512_max_ps(a, b); }
   static SQC_INLINE F32 min_f(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static SQC_INLINE float largest_lane(F32 a) { return _mm512_reduce_max_ps(a); }
   static SQC_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
   }

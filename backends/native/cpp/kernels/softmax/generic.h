@@ -25,7 +25,7 @@ static void softmax_generic(const SoftmaxParams& p, std::int64_t begin, std::int
       store_lanes<S>(y + k, lanes, v);
       largest = S::max_f(keep_lanes<S>(v, lanes, -kInfinity), largest);
     }
-    const auto shift = S::set_f(largest_lane<S>(largest));
+    const auto shift = S::set_f(S::largest_lane(largest));
     const float sum = reduce<S>(p.k, [&](typename S::F32 a, std::int64_t k, std::int64_t lanes) {
       const auto e = exp_nonpositive<S>(S::sub_f(load_lanes<S>(y + k, lanes), shift));
       store_lanes<S>(y + k, lanes, e);
