@@ -12,6 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+
+from sqcompile.backends.native.backend import BACKEND
+from sqcompile.tracing import trace
 
 SOURCE = Path(__file__).resolve().parents[3] / "backends" / "native" / "cpp"
 GOLDEN = Path(__file__).parent / "data" / "golden.sqm"
@@ -47,6 +52,34 @@ int main(int argc, char** argv) {
   return 0;
 }
 """
+
+
+class Many(nn.Module):
+    """Operators of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.patches = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        ids = (x[:, :, 0] > 0).to(torch.int64)
+        mask = (x > 0) & (x < 1)
+        return [
+            self.table(ids),
+            self.patches(x[:, None]),
+            x @ x.transpose(1, 2),
+            x.gather(1, ids[:, :, None]),
+            x[:, ids[0]],
+            torch.where(mask, x, 0.0).permute(2, 0, 1)[3:11:2],
+            torch.cat([x, x[:, -2:]], 1).reshape(2, 7 * 16),
+            x.sum((0, 2)) + x.mean((0, 2)) + x.amax((0, 2)),
+            x.argmax(-1) + ids.cumsum(1),
+            mask.any(1),
+            *x.topk(3, -1),
+            x.softmax(1) * x.abs().sqrt().sin(),
+            x.unsqueeze(1).expand(2, 3, 5, 16) + torch.arange(3)[:, None, None],
+        ]
 
 
 def tool(name: str) -> str:
@@ -162,13 +195,24 @@ def test_the_c_interface_from_c(build: Build, tmp_path: Path) -> None:
     assert run(client, tmp_path / "none.sqm").startswith("6 cannot open")
 
 
-def test_mutated_files_under_sanitizers(build: Build) -> None:
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the operators that the golden one does not have."""
+    model = Many().eval()
+    program = trace(model, (torch.linspace(-2, 2, 160).reshape(2, 5, 16),))
+    path = tmp_path_factory.mktemp("model") / "operators.sqm"
+    BACKEND.lower(program).save(path)
+    return path
+
+
+def test_mutated_files_under_sanitizers(build: Build, operators: Path) -> None:
     """Opened and run, with right checksums, whatever they say: no crash, no byte read outside."""
     folder = build("-DSQC_TESTS=ON", "-DSQC_SANITIZE=address,undefined", targets=("sqc_fuzz",))
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
-    printed = run(folder / "sqc_fuzz", GOLDEN, "20000", ASAN_OPTIONS=options)
-    mutations, opened = (int(word) for word in printed.split() if word.isdigit())
-    assert mutations == 20000 and opened > 1000
+    for path in (GOLDEN, operators):
+        printed = run(folder / "sqc_fuzz", path, "20000", ASAN_OPTIONS=options)
+        mutations, opened = (int(word) for word in printed.replace(",", "").split() if word.isdigit())
+        assert mutations == 20000 and opened > 1000
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is Arm")
