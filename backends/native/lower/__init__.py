@@ -86,6 +86,10 @@ def lower(program: Program) -> tuple[Plan, list[str]]:
         make = patterns.get(node)
         context.define(node, make() if make is not None else TABLE[node.target](context, node))
     _define_outputs(program, context)
+    if context.rounded:
+        context.notes.append(
+            f"{context.rounded} layers round their activations to 8 bits, with a scale for each row or group"
+        )
     context.plan.metadata = program.signature.to_json()
     return context.plan.without_dead_steps(), context.notes
 

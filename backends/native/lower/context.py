@@ -42,6 +42,7 @@ class Lowering:
         plan: Steps so far.
         notes: What the report should say about the choices made.
         shared: Whatever several layers share, by a key of their own.
+        rounded: Layers whose activation is rounded to 8 bits though the program does not say so.
     """
 
     def __init__(self, program: Program) -> None:
@@ -49,6 +50,7 @@ class Lowering:
         self.plan = Plan(symbols=_symbols(program))
         self.notes: list[str] = []
         self.shared: dict[Any, Any] = {}
+        self.rounded = 0
         self._fixed = constant_nodes(program)
         self._values: dict[fx.Node, Value | Results] = {}
         self._constants: dict[fx.Node, torch.Tensor | None] = {}

@@ -78,6 +78,7 @@ def _packed(context: Lowering, weight: fx.Node, bias: object, outputs_axis: int)
 def _activation(context: Lowering, data: fx.Node, packed: PackedWeight) -> Rows:
     if packed.group_size:
         source = _before_quantization(context, data)
+        context.rounded += 1
         group = packed.group_size
         return quantize_rows(
             context, context.value(source), SYMMETRIC, signed=True, scale_group=group, sum_group=group
@@ -85,6 +86,7 @@ def _activation(context: Lowering, data: fx.Node, packed: PackedWeight) -> Rows:
     rows = rows_of(context, data)
     if rows is not None:
         return rows
+    context.rounded += 1
     return quantize_rows(context, context.value(data), SYMMETRIC, signed=False)
 
 

@@ -34,11 +34,14 @@ std::uint32_t crc32(const void* data, std::size_t size, std::uint32_t crc) noexc
   const auto* bytes = static_cast<const unsigned char*>(data);
   std::uint32_t rest = ~crc;
   for (; size >= 16; size -= 16, bytes += 16) {
-    unsigned char step[16];
-    std::memcpy(step, bytes, 16);
-    for (int i = 0; i < 4; ++i) step[i] = static_cast<unsigned char>(step[i] ^ (rest >> (8 * i)));
+    std::uint32_t word[4];
+    std::memcpy(word, bytes, 16);
+    word[0] ^= rest;
     rest = 0;
-    for (int i = 0; i < 16; ++i) rest ^= kTables.value[15 - i][step[i]];
+    for (int i = 0; i < 4; ++i) {
+      rest ^= kTables.value[15 - 4 * i][word[i] & 0xff] ^ kTables.value[14 - 4 * i][word[i] >> 8 & 0xff] ^
+              kTables.value[13 - 4 * i][word[i] >> 16 & 0xff] ^ kTables.value[12 - 4 * i][word[i] >> 24];
+    }
   }
   for (; size > 0; --size, ++bytes) rest = (rest >> 8) ^ kTables.value[0][(rest ^ *bytes) & 0xff];
   return ~rest;
