@@ -321,6 +321,8 @@ def _group(
         if whole is not None:
             text = f"removing a part would leave nothing of @{whole.tensor} dimension {whole.axis}"
             blocked = Reason(text, node)
+        elif len(units) == 1:
+            blocked = Reason("it is a group of one, and no group goes as a whole", node)
     kinds = {weights[member.tensor].kind for member in made}
     kind = _kind(units, kinds, roles)
     return Group(made[0].layer, kind, units, tuple(members), node, blocked)
