@@ -1,6 +1,7 @@
 """Passes: one rewrite a file, grouped by job; `sqcompile passes` lists them.
 
-Canonicalization brings a model into one form, pruning decides about zeros, quantization about codes.
+Canonicalization brings a model into one form, pruning decides about zeros, quantization about codes,
+training wins back what either cost.
 `pipelines` holds whole jobs as plain lists of passes.
 """
 
@@ -33,6 +34,7 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
+from sqcompile.passes.train import FineTune
 
 __all__ = [
     "GPTQ",
@@ -42,6 +44,7 @@ __all__ = [
     "CanonicalizeLayers",
     "CorrectBias",
     "EqualizeLayers",
+    "FineTune",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldQDQ",

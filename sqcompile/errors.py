@@ -163,6 +163,16 @@ class NumericError(PassError):
     """
 
 
+class TrainingError(Error):
+    """The user's training function did not do what training is: it changed nothing, or diverged.
+
+    - It trained another object than the module that it was given: give that module's parameters to the optimizer.
+    - Weights turned NaN or infinite: lower the learning rate, or clip gradients.
+    - It raised: the text names its line; call it with a `Trainable` of your own to debug it.
+    - It wrote into a mask or another constant: only parameters and running statistics train.
+    """
+
+
 class UnsupportedError(Error):
     """A backend cannot run the program; every unsupported node is listed at once.
 
