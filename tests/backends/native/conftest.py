@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.native_build import build
 from torch import Tensor, nn
 
 from sqcompile.backends.native.artifact import NativeArtifact
@@ -84,3 +86,11 @@ def load() -> Callable[..., NativeSession]:
 def compare() -> Callable[..., NativeSession]:
     """Runs a function in the engine and in PyTorch: within `rtol` of each result's largest value."""
     return _compare
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the folder of a build of the C++ sources, by name; see `support.native_build`."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if root.name.startswith("popen-") else root  # one for all processes of a run
+    return lambda name: build(name, root)

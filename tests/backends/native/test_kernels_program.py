@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.native_build import run, tool
 
-SOURCE = Path(__file__).resolve().parents[3] / "backends" / "native" / "cpp"
 IS_X86_LINUX = platform.machine() == "x86_64" and sys.platform == "linux"
 
 pytestmark = [
@@ -22,46 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's mmap and cross compilers"),
 ]
 
-Build = Callable[..., Path]
-
-
-def tool(name: str) -> str:
-    """A program of the build, from PATH or from beside the interpreter; skips the test without it."""
-    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-def run(*command: "str | Path", timeout: float = 600, **environment: str) -> str:
-    result = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, f"{command} returned {result.returncode}:\n{result.stdout[-6000:]}"
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A function that builds sqc_tests with extra CMake definitions and returns the program."""
-    programs: dict[tuple[str, ...], Path] = {}
-
-    def make(*definitions: str) -> Path:
-        if definitions not in programs:
-            folder = tmp_path_factory.mktemp("sqc")
-            ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
-            options = ("-DSQC_PYTHON=OFF", "-DSQC_TESTS=ON", "-DSQC_WERROR=ON", *definitions)
-            run(tool("cmake"), "-G", "Ninja", "-S", SOURCE, "-B", folder, ninja, *options)
-            run(tool("cmake"), "--build", folder)
-            programs[definitions] = folder / "sqc_tests"
-        return programs[definitions]
-
-    return make
+Build = Callable[[str], Path]
 
 
 def compiles(flag: str, tmp_path: Path) -> bool:
@@ -77,8 +38,8 @@ def kernels_tested(output: str) -> set[str]:
     return {line.split(": ")[1] for line in output.splitlines() if line.startswith("tested: ")}
 
 
-def test_every_kernel_stays_inside_its_buffers(build: Build) -> None:
-    output = run(build())
+def test_every_kernel_stays_inside_its_buffers(native_build: Build) -> None:
+    output = run(native_build("plain") / "sqc_tests")
     assert " 0 failures" in output
     from sqcompile.backends.native import kernels
 
@@ -87,35 +48,30 @@ def test_every_kernel_stays_inside_its_buffers(build: Build) -> None:
 
 @pytest.mark.parametrize("cpu,isa", [("Nehalem", "scalar"), ("Haswell", "avx2")])
 @pytest.mark.skipif(not IS_X86_LINUX, reason="emulates x86 CPUs on x86")
-def test_a_lesser_cpu_runs_only_what_it_has(build: Build, cpu: str, isa: str) -> None:
+def test_a_lesser_cpu_runs_only_what_it_has(native_build: Build, cpu: str, isa: str) -> None:
     """An instruction that the emulated CPU lacks ends the program."""
     version = run(tool("qemu-x86_64"), "--version").split("version ")[1].split(".")
     if isa == "avx2" and (int(version[0]), int(version[1].split("(")[0])) < (7, 2):
         pytest.skip("qemu emulates AVX2 from 7.2 on")
-    output = run(tool("qemu-x86_64"), "-cpu", cpu, build(), "tails", "isa")
+    output = run(tool("qemu-x86_64"), "-cpu", cpu, native_build("plain") / "sqc_tests", "tails", "isa")
     assert f"isa: {isa}\n" in output
     assert kernels_tested(output) and all(
         name.endswith(("_scalar", f"_{isa}")) for name in kernels_tested(output)
     )
 
 
-def test_address_and_undefined_behaviour_sanitizers(build: Build, tmp_path: Path) -> None:
+def test_address_and_undefined_behaviour_sanitizers(native_build: Build, tmp_path: Path) -> None:
     if not compiles("-fsanitize=address,undefined", tmp_path):
         pytest.skip("the compiler has no address and undefined behaviour sanitizers")
-    program = build("-DSQC_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    program = native_build("address") / "sqc_tests"
     # The leak checker needs ptrace, which containers refuse.
     assert " 0 failures" in run(program, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
 
 
-def test_thread_sanitizer(build: Build, tmp_path: Path) -> None:
+def test_thread_sanitizer(native_build: Build, tmp_path: Path) -> None:
     if not compiles("-fsanitize=thread", tmp_path):
         pytest.skip("the compiler has no thread sanitizer")
-    program = build(
-        "-DSQC_SANITIZE=thread",
-        "-DCMAKE_BUILD_TYPE=None",
-        "-DCMAKE_CXX_FLAGS=-O1",
-        "-DSQC_ONLY_FAMILIES=qgemm;quantize;kvcache;attention",
-    )
+    program = native_build("thread") / "sqc_tests"
     # Without address randomization: the sanitizer's fixed memory map collides with that of newer kernels.
     setarch = shutil.which("setarch")
     prefix = [setarch, platform.machine(), "-R"] if setarch else []
@@ -125,17 +81,9 @@ def test_thread_sanitizer(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is an Arm CPU: the other tests cover it")
-def test_arm_kernels_on_an_emulated_cpu(build: Build) -> None:
-    compiler = shutil.which("aarch64-linux-gnu-g++")
-    if compiler is None:
-        pytest.skip("no cross compiler: apt-get install g++-aarch64-linux-gnu")
+def test_arm_kernels_on_an_emulated_cpu(native_build: Build) -> None:
     emulator = tool("qemu-aarch64")
-    program = build(
-        f"-DCMAKE_CXX_COMPILER={compiler}",
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static",
-    )
+    program = native_build("arm") / "sqc_tests"
     output = run(emulator, "-cpu", "max", program)
     assert " 0 failures" in output and "isa: neon_dotprod\n" in output
     assert {name for name in kernels_tested(output) if name.endswith("_neon_dotprod")} == {

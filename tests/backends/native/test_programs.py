@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.native_build import SOURCE, run, tool
 from torch import Tensor, nn
 
 from sqcompile.backends.native.backend import BACKEND
 from sqcompile.tracing import trace
 
-SOURCE = Path(__file__).resolve().parents[3] / "backends" / "native" / "cpp"
 GOLDEN = Path(__file__).parent / "data" / "golden.sqm"
 
 pytestmark = [
@@ -26,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's mmap and cross compilers"),
 ]
 
-Build = Callable[..., Path]
+Build = Callable[[str], Path]
 
 CLIENT = r"""
 #include <sqcompile.h>
@@ -82,54 +79,6 @@ class Many(nn.Module):
         ]
 
 
-def tool(name: str) -> str:
-    """A program of the build, from PATH or from beside the interpreter; skips the test without it."""
-    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-def run(*command: str | Path, timeout: float = 900, code: int = 0, **environment: str) -> str:
-    result = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == code, f"{command} returned {result.returncode}:\n{result.stdout[-6000:]}"
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A function that builds targets with extra CMake definitions and returns their folder."""
-    folders: dict[tuple[str, ...], Path] = {}
-
-    def make(*definitions: str, targets: tuple[str, ...]) -> Path:
-        folder = folders.setdefault(definitions, tmp_path_factory.mktemp("sqc"))
-        ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
-        run(
-            tool("cmake"),
-            "-G",
-            "Ninja",
-            "-S",
-            SOURCE,
-            "-B",
-            folder,
-            ninja,
-            "-DSQC_PYTHON=OFF",
-            "-DSQC_WERROR=ON",
-            *definitions,
-        )
-        run(tool("cmake"), "--build", folder, "--target", *targets)
-        return folder
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("arrays") / "ids.npy"
@@ -147,8 +96,8 @@ def close(result: np.ndarray) -> bool:
     return bool(np.abs(result - expected()).max() <= 2e-6 * np.abs(expected()).max())
 
 
-def test_sqrun_runs_a_file_on_arrays(build: Build, ids: Path, tmp_path: Path) -> None:
-    sqrun = build("-DSQC_TOOLS=ON", targets=("sqrun",)) / "sqrun"
+def test_sqrun_runs_a_file_on_arrays(native_build: Build, ids: Path, tmp_path: Path) -> None:
+    sqrun = native_build("plain") / "sqrun"
     info = run(sqrun, GOLDEN, "--info").splitlines()
     assert info[0] == "input  ids: i64[?, ?]" and info[1].startswith("output ")
     name = info[1].removeprefix("output ").split(":")[0]
@@ -160,8 +109,8 @@ def test_sqrun_runs_a_file_on_arrays(build: Build, ids: Path, tmp_path: Path) ->
     assert close(np.load(tmp_path / f"{name}.npy"))
 
 
-def test_sqrun_says_what_is_wrong(build: Build, ids: Path, tmp_path: Path) -> None:
-    sqrun = build("-DSQC_TOOLS=ON", targets=("sqrun",)) / "sqrun"
+def test_sqrun_says_what_is_wrong(native_build: Build, ids: Path, tmp_path: Path) -> None:
+    sqrun = native_build("plain") / "sqrun"
     cut, wide, wrong = tmp_path / "cut.sqm", tmp_path / "wide.npy", tmp_path / "wrong.npy"
     cut.write_bytes(GOLDEN.read_bytes()[:5000])
     np.save(wide, np.full((1, 3), 11))
@@ -183,8 +132,8 @@ def test_sqrun_says_what_is_wrong(build: Build, ids: Path, tmp_path: Path) -> No
     assert "no instruction set is called 'avx9'" in run(sqrun, GOLDEN, ids, code=1, SQCOMPILE_ISA="avx9")
 
 
-def test_the_c_interface_from_c(build: Build, tmp_path: Path) -> None:
-    folder = build("-DSQC_TOOLS=ON", targets=("sqcompile",))
+def test_the_c_interface_from_c(native_build: Build, tmp_path: Path) -> None:
+    folder = native_build("plain")
     source, client = tmp_path / "client.c", tmp_path / "client"
     source.write_text(CLIENT)
     flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{SOURCE / 'include'}"]
@@ -205,9 +154,9 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_mutated_files_under_sanitizers(build: Build, operators: Path) -> None:
+def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) -> None:
     """Opened and run, with right checksums, whatever they say: no crash, no byte read outside."""
-    folder = build("-DSQC_TESTS=ON", "-DSQC_SANITIZE=address,undefined", targets=("sqc_fuzz",))
+    folder = native_build("address")
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
     for path in (GOLDEN, operators):
         printed = run(folder / "sqc_fuzz", path, "20000", ASAN_OPTIONS=options)
@@ -216,16 +165,9 @@ def test_mutated_files_under_sanitizers(build: Build, operators: Path) -> None:
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is Arm")
-def test_arm_runs_the_same_file(build: Build, ids: Path, tmp_path: Path) -> None:
+def test_arm_runs_the_same_file(native_build: Build, ids: Path, tmp_path: Path) -> None:
     emulator = tool("qemu-aarch64")
-    folder = build(
-        f"-DCMAKE_CXX_COMPILER={tool('aarch64-linux-gnu-g++')}",
-        "-DCMAKE_SYSTEM_NAME=Linux",
-        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_EXE_LINKER_FLAGS=-static",
-        "-DSQC_TOOLS=ON",
-        targets=("sqrun",),
-    )
+    folder = native_build("arm")
     for isa in ("scalar", "neon_dotprod"):
         printed = run(
             emulator, folder / "sqrun", GOLDEN, ids, "--out", tmp_path, "--repeat", "2", SQCOMPILE_ISA=isa
