@@ -1,0 +1,152 @@
+"""Perplexity of language models by method, bits and sparsity, beside rounding to nearest and magnitude.
+
+    SQCOMPILE_DATA=… python benchmarks/language_models.py [--only stories260K] [--rows 80] [--json out.json]
+
+Each row is one way to compress all linear layers but the one that makes the outputs; embeddings and that
+one are dense where weights are pruned only, and have 8 bits where they are rounded. `share` is the rise of
+the perplexity as a part of the baseline's: of rounding to nearest (affine, groups of 32) at equal bits, of
+magnitude pruning at equal sparsity, and of one after the other for both. Held-out tokens are those of
+`tokens.npz`; calibration sees others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import write_json
+from rich.console import Console
+from rich.table import Table
+
+import sqcompile
+from sqcompile.evaluation import perplexity
+from sqcompile.passes import GPTQ, ApplyMasks, FoldQDQ, MaskWeights, SparseGPT, Wanda, pipelines
+from sqcompile.quantization.format import Format, PerGroup
+from sqcompile.sparsity import Pattern
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+Passes = list[sqcompile.Pass]
+HEAD = ("lm_head",)
+EIGHT_BITS = (("kind:embedding", pipelines.INT8_WEIGHT), ("kind:head", pipelines.INT8_WEIGHT))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="names of models, separated by commas")
+    parser.add_argument("--rows", type=int, default=80, help="rows of calibration tokens")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    folders = {"pycode-llama-5m": EXAMPLES / "pycode_llama_5m"}
+    if data := os.environ.get("SQCOMPILE_DATA"):
+        folders["stories260K"] = Path(data) / "stories260K"
+    wanted = [name for name in options.only.split(",") if name] or list(folders)
+    rows: list[dict[str, Any]] = []
+    for name in wanted:
+        rows += [{"model": name, **row} for row in measure(folders[name], options.rows)]
+    table = Table("model", "compressed to", "method", "perplexity", "share of the baseline's rise", "seconds")
+    for row in rows:
+        share = "" if row["share"] is None else f"{row['share']:.3f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        table.add_row(row["model"], row["target"], row["method"], f"{row['perplexity']:.3f}", share, seconds)
+    Console(width=130).print(table)
+    write_json(options.json, "language_models", rows, calibration_rows=options.rows)
+
+
+def measure(folder: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for each method; the first of each target is its baseline."""
+    stored = {
+        key: torch.from_numpy(value.astype(np.int64)) for key, value in np.load(folder / "tokens.npz").items()
+    }
+    calibration = [{"input_ids": rows} for rows in stored["calib"][:count].split(8)]
+    shapes = {"input_ids": {0: torch.export.Dim("batch")}}
+    dense = 0.0
+    for target, methods in jobs():
+        baseline = 0.0
+        for method, passes in methods.items():
+            print(f"{folder.name}, {target}: {method} …", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            compiled = sqcompile.compile(
+                folder, passes=passes, calibration=calibration, dynamic_shapes=shapes, backend="reference"
+            )
+            assert isinstance(compiled, sqcompile.Compiled)
+            seconds = time.perf_counter() - started
+            value = perplexity(compiled, stored["eval"])
+            dense, baseline = dense or value, baseline or value
+            rise = baseline - dense
+            yield {
+                "target": target,
+                "method": method,
+                "perplexity": value,
+                "share": (value - dense) / rise if rise else None,
+                "seconds": seconds if passes else None,
+            }
+
+
+def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
+    """Yield targets and the ways to reach them, the baseline first."""
+    yield "dense", {"dense": []}
+    for bits in (4, 3):
+        weight = Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(32))
+        yield (
+            f"{bits} bits",
+            {
+                "round to nearest": pipelines.weight_only(bits=bits),
+                "round to nearest, ranges by MSE": pipelines.weight_only(bits=bits, search="mse"),
+                "GPTQ": rounded(GPTQ(weight=weight, formats=EIGHT_BITS, dense_targets=False)),
+                "GPTQ, dense targets": rounded(GPTQ(weight=weight, formats=EIGHT_BITS)),
+            },
+        )
+    for sparsity, pattern in ((0.5, Pattern()), (None, Pattern.parse("2:4")), (0.7, Pattern())):
+        options: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "exclude": HEAD}
+        yield (
+            str(pattern) if sparsity is None else f"{sparsity:.0%} zeros",
+            {
+                "magnitude": pruned(MaskWeights(**options)),
+                "Wanda": pruned(Wanda(**options)),
+                "Wanda, refit": pruned(Wanda(**options, refit=True)),
+                "SparseGPT": pruned(SparseGPT(**options)),
+                "SparseGPT, refit": pruned(SparseGPT(**options, refit=True)),
+            },
+        )
+    four = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
+    gptq = GPTQ(weight=four, formats=EIGHT_BITS)
+    half: dict[str, Any] = {"sparsity": 0.5, "exclude": HEAD}
+    yield (
+        "4 bits, 50% zeros",
+        {
+            "magnitude, round to nearest": [
+                *pruned(MaskWeights(**half)),
+                *pipelines.weight_only(bits=4)[len(pipelines.canonical()) :],
+            ],
+            "SparseGPT, then GPTQ": [*pruned(SparseGPT(**half)), gptq, FoldQDQ()],
+            "SparseGPT with refit, then GPTQ": [*pruned(SparseGPT(**half, refit=True)), gptq, FoldQDQ()],
+            "both in one sweep": rounded(GPTQ(weight=four, formats=EIGHT_BITS, sparsity=0.5)),
+        },
+    )
+
+
+def rounded(item: sqcompile.Pass) -> Passes:
+    """A pass that rounds, with what goes before and after it."""
+    return [*pipelines.canonical(), item, FoldQDQ()]
+
+
+def pruned(item: sqcompile.Pass) -> Passes:
+    """A pass that prunes, with what goes before and after it."""
+    return [*pipelines.canonical(), item, ApplyMasks()]
+
+
+if __name__ == "__main__":
+    main()
