@@ -34,7 +34,7 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
-from sqcompile.passes.train import FineTune
+from sqcompile.passes.train import FineTune, PruneGradually
 
 __all__ = [
     "GPTQ",
@@ -51,6 +51,7 @@ __all__ = [
     "FreezeObservers",
     "InsertObservers",
     "MaskWeights",
+    "PruneGradually",
     "QuantizeWeights",
     "RelaxClamps",
     "RemoveChannels",

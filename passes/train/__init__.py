@@ -1,5 +1,6 @@
 """Training: winning back what compression cost, with the user's own training function."""
 
 from sqcompile.passes.train.fine_tune import FineTune
+from sqcompile.passes.train.prune_gradually import PruneGradually
 
-__all__ = ["FineTune"]
+__all__ = ["FineTune", "PruneGradually"]
