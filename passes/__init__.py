@@ -34,7 +34,7 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
-from sqcompile.passes.train import FineTune, PruneGradually
+from sqcompile.passes.train import FineTune, PruneGradually, TrainQuantized
 
 __all__ = [
     "GPTQ",
@@ -60,6 +60,7 @@ __all__ = [
     "RemoveNeurons",
     "RemoveNoops",
     "SparseGPT",
+    "TrainQuantized",
     "Wanda",
     "pipelines",
 ]

@@ -79,7 +79,7 @@ class Trainable(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         twin = program.snapshot()
-        self._hold_promises(twin)
+        self._prepare(twin)
         # Functions, which copies of the module (averages of weights) share.
         self._bind, self._unflatten = _interface(program.signature)
         self._modes = {False: _function(twin.graph_module, twin.graph)}
@@ -114,8 +114,8 @@ class Trainable(nn.Module):
         else:
             owner.register_buffer(leaf, value)
 
-    @staticmethod
-    def _hold_promises(twin: Program) -> None:
+    def _prepare(self, twin: Program) -> None:
+        """Edit the copy that is trained: hold its promises about zeros by masks."""
         edit = Rewriter(twin)
         for name, promise in twin.sparsity.items():
             reader = next((n for n in twin.graph.nodes if n.op == "get_attr" and n.target == name), None)

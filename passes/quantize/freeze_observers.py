@@ -25,7 +25,7 @@ from sqcompile.quantization.stored import (
     forget_unused_promises,
     store_bias,
     store_weight,
-    weight_scale,
+    weight_parameters,
     weight_tensor,
 )
 from sqcompile.rewrite import Rewriter
@@ -52,7 +52,7 @@ class FreezeObservers(Pass):
 
     Attributes:
         search: How the scales of weights are chosen: `minmax` covers every weight, `mse` has the least
-            squared error.
+            squared error. Scales that `TrainQuantized` learned stay as they are.
     """
 
     requires = Level.OBSERVED
@@ -99,14 +99,15 @@ class FreezeObservers(Pass):
     def _freeze_weight(
         self, edit: Rewriter, observe: fx.Node, layers: list[Layer], context: PassContext
     ) -> None:
-        format = state_of(edit.program, observe).format
+        state = state_of(edit.program, observe)
+        format = state.format
         weight = weight_tensor(edit.program, layers[0])
         least = None
         for layer in layers:
             bound = _least_scale(edit.program, layer)
             if bound is not None:
                 least = bound if least is None else torch.maximum(least, bound)
-        scale, zero_point = weight_scale(weight, format, self.search, least)
+        scale, zero_point = weight_parameters(state, weight, self.search, least)
         if least is not None and (raised := int((scale == least).sum())):
             context.remark(layers[0].node, f"{raised} weight scales were raised so that the bias fits int32")
         value = observe.args[0]

@@ -2,5 +2,6 @@
 
 from sqcompile.passes.train.fine_tune import FineTune
 from sqcompile.passes.train.prune_gradually import PruneGradually
+from sqcompile.passes.train.train_quantized import TrainQuantized
 
-__all__ = ["FineTune", "PruneGradually"]
+__all__ = ["FineTune", "PruneGradually", "TrainQuantized"]

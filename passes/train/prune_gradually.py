@@ -24,8 +24,7 @@ class PruneGradually(Pass):
 
     What is pruned, by which score and how far, says another pass (`mask-weights{sparsity=0.9,scope=global}`,
     `wanda{sparsity=0.5}`); it runs once a round with a part of its sparsity. Between rounds your own function
-    trains the program as `FineTune` does, with a new optimizer; masks hold. ResNet-20 is an example in
-    `benchmarks/training.py`.
+    trains the program as `FineTune` does, with a new optimizer; masks hold.
 
     With `work_dir` each round ends in a checkpoint, and a run that was cut off goes on after its last round,
     with the same result bit for bit, if the function is repeatable. Masks and tensors are stored; where the

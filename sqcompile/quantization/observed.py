@@ -10,7 +10,6 @@ from torch import Tensor, fx
 from sqcompile.layers import Layer, layers_of
 from sqcompile.operators.table import Scales, argument, data_arguments, operator_of
 from sqcompile.program import Program
-from sqcompile.quantization.affine import scale_from_range
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.observers import ObserverState
 from sqcompile.quantization.placement import origin
@@ -61,7 +60,7 @@ def freeze(state: ObserverState) -> Parameters:
     Raises:
         CalibrationError: If it never saw data; the text names the place.
     """
-    return Parameters(*scale_from_range(*state.range(), state.format), state.format)
+    return Parameters(*state.parameters(), state.format)
 
 
 def codes_source(value: fx.Node, target: object) -> fx.Node | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sqcompile.errors import CalibrationError, PassOptionError, did_you_mean
 from sqcompile.quantization import clip
-from sqcompile.quantization.affine import block_range
+from sqcompile.quantization.affine import block_range, scale_from_range
 from sqcompile.quantization.format import Format, PerTensor
 from sqcompile.quantization.histogram import Histogram, quantile
 
@@ -116,6 +116,16 @@ class ObserverState(ABC):
                 next_step="calibrate with data that reaches this place, or leave it in floating point",
             )
         return self._range()
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point for the chosen range.
+
+        Shapes: as `range`, float32 and int32.
+
+        Raises:
+            CalibrationError: Nothing has been observed.
+        """
+        return scale_from_range(*self.range(), self.format)
 
     def merge(self, other: ObserverState) -> None:
         """Add what `other` has seen; the result is that of one state that saw both.

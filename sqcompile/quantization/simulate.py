@@ -20,7 +20,7 @@ from sqcompile.quantization.observed import (
     value_observers,
     weight_observers,
 )
-from sqcompile.quantization.stored import weight_scale, weight_tensor
+from sqcompile.quantization.stored import weight_parameters, weight_tensor
 from sqcompile.stepwise import Stepwise
 
 
@@ -46,9 +46,8 @@ class Simulation(Stepwise):
             node: _fake_quantizer(frozen[observer_name(node)]) for node in value_observers(program)
         }
         for node, layers in weight_observers(program).items():
-            format = state_of(program, node).format
-            weight = weight_tensor(program, layers[0])
-            parameters = Parameters(*weight_scale(weight, format), format)
+            state, weight = state_of(program, node), weight_tensor(program, layers[0])
+            parameters = Parameters(*weight_parameters(state, weight), state.format)
             self.substitutes[node] = _fake_quantizer(parameters)(weight)
 
 

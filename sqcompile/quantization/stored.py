@@ -17,6 +17,8 @@ from sqcompile.program import Program
 from sqcompile.quantization import affine
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
+from sqcompile.quantization.learned import LearnedState
+from sqcompile.quantization.observers import ObserverState
 from sqcompile.rewrite import Rewriter
 from sqcompile.sparsity import Pattern, Sparsity
 
@@ -53,7 +55,24 @@ def weight_scale(
 
     Shapes: weight [...]; results as `format.granularity.scale_shape(weight.shape)`; least alike or [].
     """
-    scale, zero_point = affine.scale_for_tensor(weight, format, search)
+    return _raised(weight, format, *affine.scale_for_tensor(weight, format, search), least)
+
+
+def weight_parameters(
+    state: ObserverState, weight: Tensor, search: Search = "minmax", least: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return what an observed weight freezes to: its learned scale if it has one, else as `weight_scale`.
+
+    Shapes: as `weight_scale`.
+    """
+    if isinstance(state, LearnedState):
+        return _raised(weight, state.format, *state.parameters(), least)
+    return weight_scale(weight, state.format, search, least)
+
+
+def _raised(
+    weight: Tensor, format: Format, scale: Tensor, zero_point: Tensor, least: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if least is None or not bool((scale < least).any()):
         return scale, zero_point
     raised = torch.maximum(scale, least)

@@ -1,0 +1,160 @@
+"""Quantization-aware training: an observed program as a module whose scales are parameters, too."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sqcompile.program import Program, value_of
+from sqcompile.quantization.affine import Search
+from sqcompile.quantization.format import Format
+from sqcompile.quantization.learned import LearnedState
+from sqcompile.quantization.observed import (
+    freeze,
+    observer_name,
+    state_of,
+    value_observers,
+    weight_observers,
+)
+from sqcompile.quantization.observers import Fixed
+from sqcompile.quantization.stored import weight_parameters, weight_tensor
+from sqcompile.training import Trainable
+
+# A scale stays above this part of what it began as: at zero it would divide by zero, and never come back.
+_LEAST_FACTOR = 2.0**-10
+
+
+class TrainableQuantized(Trainable):
+    """An observed program to train as it will be quantized: every observer is a fake quantization.
+
+    Beside the program's own parameters it has one for each learned scale, `NAME_scale_factor`: the scale
+    divided by the one that it began with, so that it is near 1 whatever the tensor's size, and optimizers
+    that move all parameters alike (Adam) move it as much as others. Its gradient is such that a step of plain
+    gradient descent moves the scale as LSQ does.
+
+    Args:
+        program: A program of level `OBSERVED`, calibrated; it is only read.
+        search: How the first scales of weights are chosen.
+        learn_scales: Whether scales are parameters; fixed ranges (of a sigmoid) never are.
+
+    Raises:
+        CalibrationError: If an observer never saw data.
+        InputError: If a weight is not finite.
+    Source: Esser et al. 2020 (LSQ), sections 2.1 and 2.2.
+    """
+
+    def __init__(self, program: Program, *, search: Search = "mse", learn_scales: bool = True) -> None:
+        self._search: Search = search
+        self._learn = learn_scales
+        self._scales: dict[str, tuple[str, str, str | None]] = {}
+        super().__init__(program)
+
+    def states(self, program: Program) -> dict[str, LearnedState]:
+        """Return the states that a program's observers have after training."""
+        tensors = {**dict(self.named_buffers()), **dict(self.named_parameters())}
+        found = {}
+        for name, (start, zero_point, factor) in self._scales.items():
+            scale = tensors[start].detach()
+            if factor is not None:
+                scale = _effective(tensors[factor].detach(), scale)
+            found[name] = LearnedState(program.observers[name], scale.float(), tensors[zero_point])
+        return found
+
+    def _prepare(self, twin: Program) -> None:
+        super()._prepare(twin)
+        weights = weight_observers(twin)
+        parameters = {}
+        for node, layers in weights.items():
+            state, weight = state_of(twin, node), weight_tensor(twin, layers[0])
+            parameters[node] = weight_parameters(state, weight, self._search), tuple(weight.shape)
+        for node in value_observers(twin):
+            frozen = freeze(state_of(twin, node))
+            parameters[node] = (frozen.scale, frozen.zero_point), _sizes_of_sample(node)
+        sources: dict[str, tuple[fx.Node, fx.Node]] = {}
+        for node, ((scale, zero_point), shape) in parameters.items():
+            name, state = observer_name(node), state_of(twin, node)
+            if name not in sources:
+                learns = self._learn and not isinstance(state.observer, Fixed)
+                sources[name] = self._scale(twin, name, scale, zero_point, state.format, shape, learns)
+            format = state.format
+            options = (*format.granularity.pair, format.qmin, format.qmax)
+            with twin.graph.inserting_before(node):
+                fake = twin.graph.call_function(
+                    torch.ops.sqcompile.fake_quantize.default, (node.args[0], *sources[name], *options)
+                )
+            node.replace_all_uses_with(fake)
+            twin.graph.erase_node(node)
+
+    def _scale(
+        self,
+        twin: Program,
+        name: str,
+        scale: Tensor,
+        zero_point: Tensor,
+        format: Format,
+        shape: tuple[int, ...],
+        learns: bool,
+    ) -> tuple[fx.Node, fx.Node]:
+        """Store a scale and its zero point, and return the nodes that compute them."""
+        graph = twin.graph
+        with graph.inserting_before(next(iter(graph.nodes))):
+            start, start_name = _store(twin, f"{name}_scale_start", scale)
+            zero, zero_name = _store(twin, f"{name}_zero_point", zero_point)
+            self._scales[name] = start_name, zero_name, None
+            if not learns:
+                return start, zero
+            factor, factor_name = _store(twin, f"{name}_scale_factor", nn.Parameter(torch.ones_like(scale)))
+        self._scales[name] = start_name, zero_name, factor_name
+        positive = format.qmax - (format.middle if format.symmetric else format.qmin)
+        count = math.prod(shape) / max(1, scale.numel())
+        damping = 1 / math.sqrt(max(1.0, count * positive))
+        with graph.inserting_before(next(twin.compute_nodes())):
+            return graph.call_function(learned_scale, (factor, start, damping)), zero
+
+
+class _LearnedScale(torch.autograd.Function):
+    """scale = start · |factor|, with the gradient that makes one step of descent LSQ's own.
+
+    LSQ descends the scale itself by g · dL/ds. With s = start · f a step of f moves s by start · Δf, so that the
+    gradient of f is g · dL/ds / start.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, start: Tensor, damping: float) -> Tensor:
+        ctx.save_for_backward(factor, start)
+        ctx.damping = damping
+        return _effective(factor, start)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        factor, start = ctx.saved_tensors
+        sign = torch.where(factor < 0, -1.0, 1.0)
+        return (gradient * sign * ctx.damping / start).to(factor.dtype), None, None
+
+
+def learned_scale(factor: Tensor, start: Tensor, damping: float) -> Tensor:
+    """Return a scale from its trained factor; see `TrainableQuantized`.
+
+    Shapes: factor and start as `scale_shape` says; result alike.
+    """
+    scale: Tensor = _LearnedScale.apply(factor, start, damping)  # type: ignore[no-untyped-call]
+    return scale
+
+
+def _effective(factor: Tensor, start: Tensor) -> Tensor:
+    return start * factor.abs().clamp(min=_LEAST_FACTOR)
+
+
+def _store(twin: Program, name: str, value: Tensor) -> tuple[fx.Node, str]:
+    name = twin.free_name(name)
+    twin.set_tensor(name, value)
+    return twin.graph.get_attr(name), name
+
+
+def _sizes_of_sample(node: fx.Node) -> tuple[int, ...]:
+    """Return the sizes of one sample of a value, without those that are not known."""
+    value = value_of(node)
+    return tuple(size for size in value.shape[1:] if isinstance(size, int))
