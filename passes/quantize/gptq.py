@@ -46,7 +46,7 @@ class GPTQ(Pass):
     Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
         InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
     Source: Frantar et al. 2023, arXiv 2210.17323; order and groups as its reference code's act-order with
-        static groups; pruning as Frantar and Alistarh 2023, arXiv 2301.00774, section 3.4.
+        static groups; pruning as Frantar and Alistarh 2023, arXiv 2301.00774 ("joint sparsification and quantization").
 
     Attributes:
         weight: Format of weights: affine or symmetric, a scale a tensor, channel or group.

@@ -81,7 +81,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, where: str = "") -> t
         damping: λ as a share of the mean of H's diagonal.
         where: The layer, for the error.
 
-    Source: Frantar et al. 2023, arXiv 2210.17323, section 3.3, "Cholesky reformulation".
+    Source: Frantar et al. 2023, arXiv 2210.17323, "Cholesky reformulation".
 
     Raises:
         CalibrationError: If no damping helps.

@@ -52,7 +52,7 @@ def target(weight: Tensor, hessian: Hessian, damping: float = 1e-2) -> Tensor:
     It minimizes the mean of (wᵀ z - ŵᵀ x)² + λ |ŵ - w|²; without C it is the weight itself.
 
     Shapes: weight and result [O, K].
-    Source: the closed form of Li et al. 2025, arXiv 2504.02692, equation 6, of which a sweep then departs.
+    Source: ordinary least squares; Li et al. 2025, arXiv 2504.02692, build the same target into the sweep.
     """
     if hessian.cross is None:
         return weight

@@ -42,7 +42,7 @@ def grid_of(weight: Tensor, text: str) -> tuple[Grid, Format]:
 
 
 def plain(weight: Matrix, hessian: Matrix, round_column: object = None, mask: Matrix | None = None) -> Matrix:
-    """Optimal brain surgeon, one column after the other: equations 2 and 3 of arXiv 2208.11580.
+    """Optimal brain surgeon, one column after the other: Frantar et al. 2022, arXiv 2208.11580.
 
     w_rest += -(w_k - ŵ_k) / [H⁻¹]_kk · [H⁻¹]_k,rest; then the k-th row and column leave H⁻¹ by Gaussian
     elimination. No Cholesky factor, no blocks.
