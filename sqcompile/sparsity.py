@@ -93,6 +93,17 @@ class Pattern:
         """The sparsity that an N:M pattern always has, or None."""
         return 1 - self.n / self.m if self.m else None
 
+    def sparsity_mistake(self, sparsity: float | None) -> str | None:
+        """Say what a sparsity would have to be that goes with this pattern, or return None if it does."""
+        fixed = self.fixed_sparsity
+        if sparsity is None:
+            return None if fixed is not None else "a sparsity, or an N:M pattern such as 2:4"
+        if not 0 <= sparsity < 1:
+            return "a fraction s of weights to zero, 0 ≤ s < 1"
+        if fixed is not None and sparsity != fixed:
+            return f"nothing, or {fixed:g}: the pattern {self} fixes it"
+        return None
+
     def obstacle(
         self, shape: tuple[int, ...], out_axis: int = 0, in_axis: int = 1, groups: int = 1
     ) -> str | None:

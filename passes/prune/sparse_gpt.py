@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
-from sqcompile.layers import Layer
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
-from sqcompile.pruning import PrunableWeight, choose_layers, prunable_weights, set_mask
+from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, inverse_factor, refit, sweep
-from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.second_order.pruning import prune_layers
 from sqcompile.second_order.sweep import chooser
 from sqcompile.sparsity import Pattern
 
@@ -60,15 +58,9 @@ class SparseGPT(Pass):
     max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        fixed = self.pattern.fixed_sparsity
-        if fixed is None and self.sparsity is None:
-            raise self.reject_option("sparsity", "a sparsity, or an N:M pattern such as 2:4")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise self.reject_option("sparsity", "a fraction s of weights to zero, 0 ≤ s < 1")
-        if fixed is not None and self.sparsity not in (None, fixed):
-            raise self.reject_option(
-                "sparsity", f"nothing, or {fixed:g}: the pattern {self.pattern} fixes it"
-            )
+        mistake = self.pattern.sparsity_mistake(self.sparsity)
+        if mistake is not None:
+            raise self.reject_option("sparsity", mistake)
         if self.step < 1 or self.step % max(self.pattern.m, self.pattern.columns, 1):
             raise self.reject_option("step", f"a multiple of the columns of the pattern {self.pattern}")
         if self.block < 1 or self.block % self.step:
@@ -78,50 +70,19 @@ class SparseGPT(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune layer after layer."""
-        chosen = choose_layers(program, self.layers, self.exclude, (), where=f"pass {self.name}")
-        weights = {
-            weight.layer.node: weight
-            for weight in prunable_weights(
-                program, self._second_order(program, chosen, context), self.pattern, context.remark
-            )
-        }
-        results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
-
-        def visit(layer: Layer, hessian: Hessian) -> Tensor:
-            weight = weights[layer.node]
-            value, mask = self._prune(weight, hessian, context)
-            if weight.removes(mask):
-                results.append((weight, value, mask))
-                return value
-            return weight.dense
-
-        layers = [weight.layer for weight in weights.values()]
-        visit_layers(
-            program,
-            layers,
-            visit,
-            context,
-            max_bytes=self.max_bytes,
-            purpose="pruning layers",
-            with_dense=self.refit,
-        )
         edit = Rewriter(program, self.name)
-        facts = {}
-        for weight, value, mask in results:
-            edit.replace_tensor(weight.layer.weight, value)
-            set_mask(edit, weight, mask, self.pattern)
-            facts[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
-        return PassResult(changes=edit.finish(), facts={"sparsity": facts})
-
-    def _second_order(self, program: Program, layers: Sequence[Layer], context: PassContext) -> list[Layer]:
-        found = []
-        for layer in layers:
-            reason = obstacle(program, layer)
-            if reason is None:
-                found.append(layer)
-            else:
-                context.remark(layer.node, f"is not pruned: {reason}")
-        return found
+        sparsity = prune_layers(
+            edit,
+            context,
+            lambda weight, hessian: self._prune(weight, hessian, context),
+            pattern=self.pattern,
+            layers=self.layers,
+            exclude=self.exclude,
+            max_bytes=self.max_bytes,
+            with_dense=self.refit,
+            where=f"pass {self.name}",
+        )
+        return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
     def _prune(self, weight: PrunableWeight, hessian: Hessian, context: PassContext) -> tuple[Tensor, Tensor]:
         where = f"layer '{weight.layer.name}'"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from sqcompile.layers import Layer
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
-from sqcompile.pruning import PrunableWeight, choose_layers, prunable_weights, set_mask
+from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, refit
-from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.second_order.pruning import prune_layers
 from sqcompile.sparsity import Pattern
 
 
@@ -53,60 +51,31 @@ class Wanda(Pass):
     max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        fixed = self.pattern.fixed_sparsity
-        if fixed is None and self.sparsity is None:
-            raise self.reject_option("sparsity", "a sparsity, or an N:M pattern such as 2:4")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise self.reject_option("sparsity", "a fraction s of weights to zero, 0 ≤ s < 1")
-        if fixed is not None and self.sparsity not in (None, fixed):
-            raise self.reject_option(
-                "sparsity", f"nothing, or {fixed:g}: the pattern {self.pattern} fixes it"
-            )
+        mistake = self.pattern.sparsity_mistake(self.sparsity)
+        if mistake is not None:
+            raise self.reject_option("sparsity", mistake)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune layer after layer."""
-        chosen = []
-        for layer in choose_layers(program, self.layers, self.exclude, (), where=f"pass {self.name}"):
-            reason = obstacle(program, layer)
-            if reason is None:
-                chosen.append(layer)
-            else:
-                context.remark(layer.node, f"is not pruned: {reason}")
-        found = prunable_weights(program, chosen, self.pattern, context.remark)
-        weights = {weight.layer.node: weight for weight in found}
-        results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
-
-        def visit(layer: Layer, hessian: Hessian) -> Tensor:
-            weight = weights[layer.node]
-            mask = self._mask(weight, hessian)
-            if not weight.removes(mask):
-                return weight.dense
-            value = weight.tensor
-            if self.refit:
-                value = refit(weight.dense, mask, hessian).to(value.dtype)
-            results.append((weight, value, mask))
-            return value * mask
-
-        layers = [weight.layer for weight in found]
-        visit_layers(
-            program,
-            layers,
-            visit,
-            context,
-            max_bytes=self.max_bytes,
-            purpose="pruning layers",
-            with_dense=self.refit,
-        )
         edit = Rewriter(program, self.name)
-        facts = {}
-        for weight, value, mask in results:
-            if self.refit:
-                edit.replace_tensor(weight.layer.weight, value)
-            set_mask(edit, weight, mask, self.pattern)
-            facts[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
-        return PassResult(changes=edit.finish(), facts={"sparsity": facts})
+        sparsity = prune_layers(
+            edit,
+            context,
+            self._prune,
+            pattern=self.pattern,
+            layers=self.layers,
+            exclude=self.exclude,
+            max_bytes=self.max_bytes,
+            with_dense=self.refit,
+            where=f"pass {self.name}",
+        )
+        return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
-    def _mask(self, weight: PrunableWeight, hessian: Hessian) -> Tensor:
+    def _prune(self, weight: PrunableWeight, hessian: Hessian) -> tuple[Tensor, Tensor]:
         scores = weight.tensor.abs().float() * hessian.diagonal.sqrt()
         mask = self.pattern.mask_rows(scores, self.sparsity or 0.0, weight.kept)
-        return mask if weight.kept is None else torch.logical_and(mask, weight.kept)
+        if weight.kept is not None:
+            mask = mask & weight.kept
+        if not self.refit:
+            return weight.tensor, mask
+        return refit(weight.dense, mask, hessian).to(weight.tensor.dtype), mask

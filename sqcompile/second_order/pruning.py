@@ -1,0 +1,95 @@
+"""Pruning layer after layer, by a choice that knows the Hessian of each layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor
+
+from sqcompile.layers import Layer
+from sqcompile.pipeline.context import PassContext
+from sqcompile.program import Program
+from sqcompile.pruning import PrunableWeight, choose_layers, prunable_weights, set_mask
+from sqcompile.rewrite import Rewriter
+from sqcompile.second_order.hessian import Hessian
+from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.sparsity import Pattern
+
+Choose = Callable[[PrunableWeight, Hessian], tuple[Tensor, Tensor]]
+"""Takes a weight and the Hessian of its inputs; returns the new weight and its mask, both [O, K]."""
+
+
+def prune_layers(
+    edit: Rewriter,
+    context: PassContext,
+    choose: Choose,
+    *,
+    pattern: Pattern,
+    layers: Sequence[str],
+    exclude: Iterable[str],
+    max_bytes: int,
+    with_dense: bool,
+    where: str,
+) -> dict[str, float]:
+    """Prune the selected linear layers in graph order, each on data that went through those before it.
+
+    Args:
+        edit: Edits the program once all layers are decided.
+        context: Holds the calibration data; told about each layer that is left as it is, and why.
+        choose: Decides about a weight.
+        pattern: The pattern that the masks will have.
+        layers: Patterns of the layers to prune.
+        exclude: Patterns of layers to leave as they are.
+        max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
+        with_dense: Whether the Hessians need the inputs of the dense program too.
+        where: Who asks, for errors.
+
+    Returns:
+        The sparsity of each weight that lost something, by layer.
+
+    Raises:
+        SelectionError: If a pattern matches no layer.
+        InputError: If a weight is not finite.
+        CalibrationError: If there is no data, or a layer's inputs are not finite.
+    """
+    program = edit.program
+    chosen = [
+        layer
+        for layer in choose_layers(program, layers, exclude, (), where=where)
+        if _has_hessian(program, layer, context)
+    ]
+    found = prunable_weights(program, chosen, pattern, context.remark)
+    weights = {weight.layer.node: weight for weight in found}
+    results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
+
+    def visit(layer: Layer, hessian: Hessian) -> Tensor:
+        weight = weights[layer.node]
+        value, mask = choose(weight, hessian)
+        if not weight.removes(mask):
+            return weight.dense
+        results.append((weight, value, mask))
+        return value * mask
+
+    visit_layers(
+        program,
+        [weight.layer for weight in found],
+        visit,
+        context,
+        max_bytes=max_bytes,
+        purpose="pruning layers",
+        with_dense=with_dense,
+    )
+    sparsity = {}
+    for weight, value, mask in results:
+        if value is not weight.tensor:
+            edit.replace_tensor(weight.layer.weight, value)
+        set_mask(edit, weight, mask, pattern)
+        sparsity[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
+    return sparsity
+
+
+def _has_hessian(program: Program, layer: Layer, context: PassContext) -> bool:
+    reason = obstacle(program, layer)
+    if reason is not None:
+        context.remark(layer.node, f"is not pruned: {reason}")
+    return reason is None
