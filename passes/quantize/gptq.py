@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTenso
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
     forget_unused_promises,
+    promised,
     store_weight,
     weight_scale,
     weight_tensor,
@@ -80,22 +82,21 @@ class GPTQ(Pass):
     max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
-        fixed = self.pattern.fixed_sparsity
         formats = [self.weight, *(choice for _, choice in self.formats if isinstance(choice, Format))]
         if any(format.dynamic for format in formats):
             raise self.reject_option(
                 "weight", "a static format: a weight's scale is known when it is quantized"
             )
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise self.reject_option("sparsity", "a fraction s of weights to zero, 0 ≤ s < 1")
-        if fixed is not None and self.sparsity not in (None, fixed):
-            raise self.reject_option(
-                "sparsity", f"nothing, or {fixed:g}: the pattern {self.pattern} fixes it"
-            )
-        if fixed is None and not self.pattern.is_unstructured and self.sparsity is None:
-            raise self.reject_option("sparsity", f"a fraction: the pattern {self.pattern} says none")
+        if self._prunes or not self.pattern.is_unstructured:
+            mistake = self.pattern.sparsity_mistake(self.sparsity)
+            if mistake is not None:
+                raise self.reject_option("sparsity", mistake)
         if not self.damping > 0:
             raise self.reject_option("damping", "a positive number")
+
+    @property
+    def _prunes(self) -> bool:
+        return self.sparsity is not None or self.pattern.m > 0
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose formats, sweep the layers in order, and store their codes."""
@@ -150,13 +151,12 @@ class GPTQ(Pass):
         self, program: Program, layer: Layer, format: Format, hessian: Hessian, context: PassContext
     ) -> _Result:
         dense = weight_tensor(program, layer)
-        kept = dense != 0 if layer.weight_value is not layer.weight else None
+        promise = promised(program, layer.weight_value, layer.weight)
         wanted = target(dense, hessian)
         scale, zero_point = weight_scale(wanted, format, self.search)
-        prunes = self.sparsity is not None or self.pattern.m > 0
         order = None
         matrix = hessian.matrix
-        if self.act_order and not prunes:
+        if self.act_order and not self._prunes:
             order = hessian.diagonal.argsort(descending=True, stable=True)
             matrix = matrix[order][:, order]
         factor, damping = inverse_factor(matrix, self.damping, f"layer '{layer.name}'")
@@ -169,26 +169,24 @@ class GPTQ(Pass):
             wanted,
             factor,
             grid=_grid(scale, zero_point, format, dense.shape[1]),
-            choose=chooser(self.pattern, self.sparsity or 0.0) if prunes else None,
-            kept=kept,
+            choose=chooser(self.pattern, self.sparsity or 0.0) if self._prunes else None,
+            kept=None if promise is None else promise.mask,
             order=order,
             step=step,
             block=128 // step * step or step,
         )
-        return _Result(swept.weight, swept.mask if prunes else None, scale, zero_point, self.pattern)
+        return _Result(swept.weight, swept.mask if self._prunes else None, scale, zero_point, self.pattern)
 
 
+@dataclass(frozen=True)
 class _Result:
-    """A layer's new weight, its mask if it was pruned, and its scales."""
+    """A layer's new weight, its mask if it was pruned here, and its scales."""
 
-    def __init__(
-        self, weight: Tensor, mask: Tensor | None, scale: Tensor, zero_point: Tensor, pattern: Pattern
-    ) -> None:
-        self.weight = weight
-        self.mask = mask
-        self.scale = scale
-        self.zero_point = zero_point
-        self.pattern = pattern
+    weight: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    zero_point: Tensor
+    pattern: Pattern
 
 
 def _unlike_grid(format: Format) -> str | None:

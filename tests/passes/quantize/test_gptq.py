@@ -9,7 +9,7 @@ from torch.export import Dim
 from sqcompile import Level, Program, trace
 from sqcompile.calibration import Calibration
 from sqcompile.errors import CalibrationError, InputError, PassOptionError
-from sqcompile.passes import GPTQ, MaskWeights, QuantizeWeights
+from sqcompile.passes import GPTQ, ApplyMasks, MaskWeights, QuantizeWeights
 from sqcompile.pipeline import Pass, PassContext, PassManager, parse_pass
 from sqcompile.quantization import Format
 from sqcompile.sparsity import Pattern
@@ -110,6 +110,20 @@ def _after_magnitude(pattern: Pattern, weight: Format) -> tuple[Program, float]:
     PassManager([mask, GPTQ(weight=weight)]).run(program, context)
     assert {promise.sparsity for promise in program.sparsity.values()} == {0.5}
     return program, sum(float((program(x) - y).square().sum()) for x, y in zip(data[8:], wanted, strict=True))
+
+
+def test_keeps_zeros_that_were_baked_in() -> None:
+    """Applied masks leave no operator behind, only a promise: the sweep must not fill the zeros again."""
+    program = trace(chain(), (batches(16)[0],))
+    context = PassContext(calibration=Calibration(batches(16), program.signature))
+    passes: list[Pass] = [MaskWeights(pattern=Pattern.parse("2:4")), ApplyMasks(), GPTQ()]
+    PassManager(passes).run(program, context)
+    assert {(str(promise.pattern), promise.sparsity) for promise in program.sparsity.values()} == {
+        ("2:4", 0.5)
+    }
+    for node in calls(program, DEQUANTIZE):
+        promise = program.sparsity[str(node.args[0].target)]  # type: ignore[union-attr]
+        assert not bool(program_value(program, node)[~promise.mask].any())
 
 
 def program_value(program: Program, node: torch.fx.Node) -> Tensor:
