@@ -1,4 +1,7 @@
-"""The sweep, the refit and the Hessian, against the papers' equations written plainly in NumPy."""
+"""The sweep, the refit and the Hessian, against the papers' equations written plainly in NumPy.
+
+Tolerances are those of float32 sums and factors against float64 ones.
+"""
 
 from __future__ import annotations
 
