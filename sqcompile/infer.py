@@ -29,15 +29,63 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
 def infer_node(node: fx.Node, mode: FakeTensorMode) -> Any:
     """Return the value of a call, computed on fake tensors: shapes and types, no data.
 
+    Calls of one operator on the same types share one value, which must therefore not be written to.
+
     Raises:
         Exception: Whatever the operator raises on shapes or types that do not fit.
     """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _recorded)
+    try:
+        call = (node.target, _call_type(args), _call_type(kwargs))
+    except _UnknownType:
+        return _infer(node.target, args, kwargs, mode)
+    # The memory is the mode's own, since it holds tensors of that mode: both are freed together.
+    known = vars(mode).setdefault("_sqcompile_inferred", {})
+    if call in known:
+        return known[call]
+    value = _infer(node.target, args, kwargs, mode)
+    if _depends_on_types_alone(value):
+        known[call] = value
+    return value
+
+
+def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     # With the dispatcher that torch.export uses, operators such as lstm can be derived on symbolic shapes.
     symbols = mode.shape_env
     fresh = nullcontext() if symbols is None else symbols.ignore_fresh_unbacked_symbols()
     with mode, enable_python_dispatcher(), torch.no_grad(), fresh:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return target(*args, **kwargs)
+
+
+class _UnknownType(Exception):
+    """An argument on which a result may depend by more than we can compare."""
+
+
+def _call_type(value: Any) -> Any:
+    """Return what the result of a call can depend on: types of tensors, and all else by value."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or getattr(value, "constant", None) is not None:
+            raise _UnknownType
+        sizes, strides = map(_call_type, value.shape), map(_call_type, value.stride())
+        return value.dtype, value.device, tuple(sizes), tuple(strides)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return torch.SymInt, value.node.expr
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_call_type, value))
+    if isinstance(value, dict):
+        return tuple((key, _call_type(item)) for key, item in value.items())
+    if isinstance(value, (int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return type(value), value  # with the type, since 1, 1.0 and True are equal
+    if value is None:
+        return None
+    raise _UnknownType
+
+
+def _depends_on_types_alone(value: Any) -> bool:
+    return all(
+        isinstance(leaf, torch.Tensor) and not free_unbacked_symbols(leaf)
+        for leaf in pytree.tree_leaves(value)
+    )
 
 
 def note_derived(node: fx.Node) -> None:

@@ -93,6 +93,8 @@ def symbol_names(program: Program) -> dict[str, str]:
 
 def rename_symbols(size: Any, names: dict[str, str]) -> str:
     """Return a size as text, with the tracer's symbols replaced by dimension names."""
+    if not names:
+        return str(size)
     return re.sub(r"\b[su]\d+\b", lambda match: names.get(match.group(), match.group()), str(size))
 
 
