@@ -33,6 +33,7 @@ class RemoveHeads(Removal):
         layers: Patterns of the layers that make queries, keys and values, or of modules around them.
         exclude: Patterns of layers to leave as they are.
         compensate: Refit the output layers by least squares on calibration data.
+        max_bytes: Memory for the values of all batches at one place of the graph while they are refitted.
     """
 
     def kinds_of_units(self) -> tuple[str, ...]:

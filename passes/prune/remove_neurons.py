@@ -33,6 +33,7 @@ class RemoveNeurons(Removal):
         layers: Patterns of the layers that make the neurons.
         exclude: Patterns of layers to leave as they are, with everything that is tied to them.
         compensate: Refit the layers behind by least squares on calibration data.
+        max_bytes: Memory for the values of all batches at one place of the graph while they are refitted.
     """
 
     def kinds_of_units(self) -> tuple[str, ...]:

@@ -1,64 +1,32 @@
 """Least-squares compensation: what is left of a layer's inputs takes over from what went.
 
-A layer read x and reads x' now. With the moments of both over calibration data, its weight W becomes
-W' + W · E[(x - S x') x'ᵀ] · (E[x' x'ᵀ] + λ)⁻¹, where W' is what was left of W and S puts the entries of x'
-back to their places: the ridge regression of the dense output, drawn to W'. Convolutions mix channels alike
-at every place of the kernel. Layers are treated in graph order, each on what the layers before it make now,
-so that it also takes back some of their error.
+A layer read z and reads x now. Its weight becomes the ridge regression of the dense output on x, drawn to what
+was left of it (`second_order.target`); its bias takes the difference of the means. Convolutions mix channels
+alike at every place of the kernel. Layers are treated in graph order, each on what the layers before it make
+now, so that it also takes back some of their error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import Tensor, fx
 
 from sqcompile.channels.groups import Group
 from sqcompile.channels.importance import data_axis
 from sqcompile.layers import Layer, layers_of
 from sqcompile.matching import tensor_users
+from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
+from sqcompile.second_order import Hessian, target
+from sqcompile.stepwise import Read, Stepwise
 
-Batches = Callable[[], Iterable[Sequence[Any]]]
-
-_RIDGE = 1e-3  # of the mean square of the inputs: rounding must not decide where inputs are alike
-
-
-class _Run:
-    """A run of a program that stops where it is told to and goes on later, with the weights of then.
-
-    Args:
-        program: The program.
-        inputs: Flat inputs.
-    """
-
-    def __init__(self, program: Program, inputs: Sequence[Any]) -> None:
-        self._program = program
-        self._values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
-        self._uses = {node: len(node.users) for node in program.graph.nodes}
-        self._pending = program.compute_nodes()
-
-    def until(self, node: fx.Node) -> Any:
-        """Run up to a node and return its value; values that nothing needs any more are freed."""
-        while node not in self._values:
-            step = next(self._pending)
-            args, kwargs = fx.node.map_arg((step.args, step.kwargs), self._value)
-            with torch.no_grad():
-                self._values[step] = step.target(*args, **kwargs)  # type: ignore[operator]
-            for source in step.all_input_nodes:
-                self._uses[source] -= 1
-                if not self._uses[source]:
-                    self._values.pop(source, None)
-        return self._values[node]
-
-    def _value(self, node: fx.Node) -> Any:
-        return self._program.tensor(node) if node.op == "get_attr" else self._values[node]
+_DAMPING = 1e-3  # of the mean square of the inputs: rounding must not decide where inputs are alike
 
 
 @dataclass(frozen=True)
@@ -107,90 +75,100 @@ def losses(
     return found
 
 
-def compensate(edit: Rewriter, dense: Program, lost: Sequence[Lost], batches: Batches) -> None:
+def compensate(
+    edit: Rewriter, dense: Program, lost: Sequence[Lost], context: PassContext, *, max_bytes: int
+) -> None:
     """Refit the weights of layers that have lost inputs, in graph order.
 
     Args:
         edit: Edits the program after the removal.
         dense: The program before it.
         lost: What its layers have lost.
-        batches: Yields calibration batches as flat inputs.
+        context: Holds the calibration data.
+        max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
+
+    Raises:
+        CalibrationError: If there is no data, or the inputs of a layer are not finite; the text names it.
     """
+    if not lost:
+        return
     program = edit.program
     nodes = {node.name: node for node in program.graph.nodes}
-    runs = [(_Run(dense, batch), _Run(program, batch)) for batch in batches()] if lost else []
-    for item in lost:
+    before, after = Stepwise(dense), Stepwise(program)
+    # Both programs hold the values of every batch, of which the dense one's are the larger.
+    batches = before.batches(context, max_bytes // 2, "compensating: reading")
+    walk_before, walk_after = before.walk(batches), after.walk(batches)
+    known: tuple[fx.Node | None, Hessian | None] = (None, None)
+    for item in context.progress.track(lost, "compensating"):
         layer = item.layer
         assert layer.data is not None
-        data = nodes[layer.node.name].args[layer.operator.data[0]]
-        assert isinstance(data, fx.Node)
-        has_bias = _own_bias(program, nodes.get(layer.bias.name) if layer.bias is not None else None)
-        axis = data_axis(layer)
-        values = ((_rows(old.until(layer.data), axis), _rows(new.until(data), axis)) for old, new in runs)
-        mixing = _mixing(*_moments(values, constant=has_bias), item.kept)
-        _refit(edit, dense, item, mixing, nodes, has_bias)
+        wanted = _until(walk_before, layer.node)
+        read = _until(walk_after, nodes[layer.node.name])
+        if known[0] is not layer.data:  # queries, keys and values read the same
+            data = nodes[layer.node.name].args[layer.operator.data[0]]
+            assert isinstance(data, fx.Node)
+            known = (layer.data, _moments(layer, wanted(layer.data), read(data)))
+        assert known[1] is not None
+        _refit(edit, dense, item, known[1], nodes)
 
 
-def _own_bias(program: Program, bias: fx.Node | None) -> bool:
-    return bias is not None and bias.op == "get_attr" and len(tensor_users(program, str(bias.target))) == 1
+def _until(walk: Iterator[tuple[fx.Node, Read]], node: fx.Node) -> Read:
+    """Let a program run up to an operator."""
+    return next(read for step, read in walk if step is node)
 
 
-def _moments(
-    values: Iterable[tuple[torch.Tensor, torch.Tensor]], *, constant: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return E[x x'ᵀ] and E[x' x'ᵀ], where x' ends in 1 if the layer has a bias."""
-    cross = square = torch.zeros(1, dtype=torch.float64)
-    count = 0
-    for before, after in values:
-        if constant:
-            after = torch.cat([after, torch.ones(1, after.shape[1], dtype=after.dtype)])
-        cross = cross + before @ after.T
-        square = square + after @ after.T
-        count += after.shape[1]
-    return cross / count, square / count
+def _moments(layer: Layer, wanted: Sequence[Tensor], values: Sequence[Tensor]) -> Hessian:
+    """Return the moments of a layer's inputs, both with a last entry of 1, so that they hold the means as well."""
+    axis = data_axis(layer)
+    hessian: Hessian | None = None
+    for before, after in zip(wanted, values, strict=True):
+        x = _with_one(after, axis)
+        hessian = hessian or Hessian(x.shape[-1], x.device, f"layer '{layer.name}'")
+        hessian.add(x, _with_one(before, axis))
+    assert hessian is not None
+    return hessian
 
 
-def _rows(value: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return a value with one row a channel."""
-    moved = value.detach().movedim(axis, 0)
-    return moved.reshape(moved.shape[0], -1).to(torch.float64)
+def _with_one(value: Tensor, axis: int) -> Tensor:
+    return torch.nn.functional.pad(value.detach().movedim(axis, -1), (0, 1), value=1.0)
 
 
-def _mixing(cross: torch.Tensor, square: torch.Tensor, kept: NDArray[np.bool_]) -> torch.Tensor:
-    """Return D [I, I' (+ 1)]: how much of each entry of x' stands for what x has more."""
-    inputs = int(kept.sum())
-    residual = cross.clone()
-    residual[torch.from_numpy(np.flatnonzero(kept))] -= square[:inputs]
-    ridge = torch.full((square.shape[0],), _RIDGE * float(square[:inputs, :inputs].diagonal().mean()) + 1e-12)
-    ridge[inputs:] = 0  # the constant costs nothing
-    mixing: torch.Tensor = torch.linalg.solve(square + torch.diag(ridge.to(square)), residual.T).T
-    return mixing
+def _without_one(hessian: Hessian, *, centred: bool) -> tuple[Hessian, Tensor, Tensor]:
+    """Return the moments of the inputs themselves, about their means where those can go into a bias; and the means."""
+    assert hessian.cross is not None
+    mean, dense_mean = hessian.matrix[:-1, -1], hessian.cross[:-1, -1]
+    result = Hessian(len(mean), mean.device)
+    result.matrix, result.cross = hessian.matrix[:-1, :-1].clone(), hessian.cross[:-1, :-1].clone()
+    result.count = hessian.count
+    if centred:
+        result.matrix.addr_(mean, mean, alpha=-1)
+        result.cross.addr_(dense_mean, mean, alpha=-1)
+    return result, mean, dense_mean
 
 
-def _refit(
-    edit: Rewriter,
-    dense: Program,
-    item: Lost,
-    mixing: torch.Tensor,
-    nodes: dict[str, fx.Node],
-    has_bias: bool,
-) -> None:
-    layer, inputs = item.layer, int(item.kept.sum())
-    old = dense.tensor(layer.weight).detach().to(torch.float64)
+def _refit(edit: Rewriter, dense: Program, item: Lost, moments: Hessian, nodes: dict[str, fx.Node]) -> None:
+    layer, program = item.layer, edit.program
+    bias = _own_bias(program, nodes.get(layer.bias.name) if layer.bias is not None else None)
+    hessian, mean, dense_mean = _without_one(moments, centred=bias is not None)
+    stored = nodes[layer.weight.name]
+    value, old = program.tensor(stored).detach(), dense.tensor(layer.weight).detach()
     axis, out_axis = layer.operator.in_axis % old.dim(), layer.operator.out_axis % old.dim()
     old = old.index_select(out_axis, torch.from_numpy(np.flatnonzero(item.rows)))
-    added = torch.tensordot(old, mixing, dims=([axis], [0])).movedim(-1, axis)
-    stored = nodes[layer.weight.name]
-    weight = edit.program.tensor(stored)
-    change = added.narrow(axis, 0, inputs)
-    edit.replace_tensor(stored, (weight.detach() + change.to(weight.dtype)).contiguous())
-    if has_bias:
-        assert layer.bias is not None
-        shift = added.select(axis, inputs)
-        rest = [
-            index for index in range(shift.dim()) if index != (out_axis if out_axis < axis else out_axis - 1)
-        ]
-        shift = shift.sum(rest) if rest else shift
-        bias = nodes[layer.bias.name]
-        value = edit.program.tensor(bias)
-        edit.replace_tensor(bias, value.detach() + shift.to(value.dtype))
+    # Outputs and places of the kernel are rows alike: [O · …, I].
+    shape = value.movedim((out_axis, axis), (0, -1)).shape
+    before = old.movedim((out_axis, axis), (0, -1)).reshape(-1, old.shape[axis]).to(hessian.matrix)
+    now = value.movedim((out_axis, axis), (0, -1)).reshape(-1, value.shape[axis]).to(hessian.matrix)
+    fitted = target(before, hessian, _DAMPING, towards=now)
+    weight = fitted.reshape(shape).movedim((0, -1), (out_axis, axis))
+    edit.replace_tensor(stored, weight.to(value.dtype).contiguous())
+    if bias is not None:
+        shift = (before @ dense_mean - fitted @ mean).reshape(shape[0], -1).sum(1)
+        held = program.tensor(bias).detach()
+        edit.replace_tensor(bias, held + shift.to(held.dtype))
+
+
+def _own_bias(program: Program, bias: fx.Node | None) -> fx.Node | None:
+    """Return the bias if it is a stored tensor that no other layer uses."""
+    if bias is None or bias.op != "get_attr" or len(tensor_users(program, str(bias.target))) != 1:
+        return None
+    return bias

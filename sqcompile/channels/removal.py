@@ -35,6 +35,7 @@ class Removal(Pass, register=False):
         layers: Patterns of the layers that make what is removed.
         exclude: Patterns of layers to leave as they are.
         compensate: Whether the layers that read what is removed are refitted.
+        max_bytes: Memory for the values of all batches at one place of the graph while they are.
     """
 
     requires = produces = Level.ATEN
@@ -49,6 +50,7 @@ class Removal(Pass, register=False):
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     compensate: bool = False
+    max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         self.check_options()
@@ -102,7 +104,7 @@ class Removal(Pass, register=False):
             )
             shrink.run()
             if dense is not None:
-                compensate(edit, dense, lost, lambda: context.batches("compensating"))
+                compensate(edit, dense, lost, context, max_bytes=self.max_bytes)
         facts: dict[str, Any] = {
             "kept": {name: _kept(chosen, name, gone) for name, gone in choice.removed.items()},
             "macs": {"before": before, "after": after},

@@ -25,7 +25,7 @@ class Hessian:
 
     Attributes:
         matrix: H, [K, K].
-        cross: C, [K, K], or None.
+        cross: C, [D, K], or None; D is K, or what the dense layer has more of.
         count: Inputs seen.
     """
 
@@ -38,7 +38,7 @@ class Hessian:
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Take in a batch of inputs, in every batch with those of the dense model or in none.
 
-        Shapes: x and dense [..., K].
+        Shapes: x [..., K]; dense [..., D].
 
         Raises:
             CalibrationError: If it holds NaN or infinity.
@@ -49,9 +49,9 @@ class Hessian:
         total = self.count + rows.shape[0]
         self.matrix.addmm_(rows.T, rows, beta=self.count / total, alpha=1 / total)
         if dense is not None:
+            wanted = dense.detach().reshape(-1, dense.shape[-1]).to(self.matrix)
             if self.cross is None:
-                self.cross = torch.zeros_like(self.matrix)
-            wanted = dense.detach().reshape(-1, x.shape[-1]).to(self.matrix)
+                self.cross = self.matrix.new_zeros(wanted.shape[1], rows.shape[1])
             self.cross.addmm_(wanted.T, rows, beta=self.count / total, alpha=1 / total)
         self.count = total
         if not bool(torch.isfinite(self.matrix.diagonal()).all()):

@@ -46,22 +46,30 @@ def refit(weight: Tensor, mask: Tensor, hessian: Hessian, damping: float = 1e-4)
     return result
 
 
-def target(weight: Tensor, hessian: Hessian, damping: float = 1e-2) -> Tensor:
+def target(
+    weight: Tensor, hessian: Hessian, damping: float = 1e-2, *, towards: Tensor | None = None
+) -> Tensor:
     """Return the weight that makes the most of changed inputs: the refit without a mask.
 
-    It minimizes the mean of (wᵀ z - ŵᵀ x)² + λ |ŵ - w|²; without C it is the weight itself.
+    It minimizes the mean of (wᵀ z - ŵᵀ x)² + λ |ŵ - v|²; without C it is the weight itself.
 
-    Shapes: weight and result [O, K].
+    Shapes: weight [O, D], of the dense layer; result [O, K].
     Source: ordinary least squares; Li et al. 2025, arXiv 2504.02692, build the same target into the sweep.
+
+    Args:
+        weight: The dense weight w.
+        hessian: H and C.
+        damping: λ as a share of the mean of H's diagonal.
+        towards: v, [O, K]: what the result stays near where the data says nothing; the weight itself if D is K.
     """
+    towards = weight if towards is None else towards
     if hessian.cross is None:
-        return weight
+        return towards
     matrix = hessian.matrix.clone()
     least = damping * float(matrix.diagonal().mean()) or 1.0
     matrix.diagonal().add_(least)
-    dense = weight.detach().to(matrix)
-    right = (dense @ hessian.cross).add_(dense, alpha=least)
+    right = (weight.detach().to(matrix) @ hessian.cross).add_(towards.detach().to(matrix), alpha=least)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed):
-        return weight
+        return towards
     return torch.cholesky_solve(right.T, factor).T.contiguous()

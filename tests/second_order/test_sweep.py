@@ -259,3 +259,14 @@ class TestRefit:
         result = target(weight, hessian_of(x, z), damping=1e-9)
         solution = np.linalg.lstsq(x.double().numpy(), (z @ weight.T).double().numpy())[0].T
         np.testing.assert_allclose(result.numpy(), solution, rtol=0, atol=1e-3)  # solved in float32
+
+    def test_target_for_fewer_inputs_than_the_dense_layer_has(self) -> None:
+        z = inputs(200, 12)
+        x = z[:, :7]
+        weight, left = values(5, 12), values(5, 7, seed=9)
+        result = target(weight, hessian_of(x, z), damping=1e-9, towards=left)
+        solution = np.linalg.lstsq(x.double().numpy(), (z @ weight.T).double().numpy())[0].T
+        np.testing.assert_allclose(result.numpy(), solution, rtol=0, atol=1e-3)  # solved in float32
+        # Damped without end it stays at what is left of the weight.
+        held = target(weight, hessian_of(x, z), damping=1e9, towards=left)
+        np.testing.assert_allclose(held.numpy(), left.numpy(), rtol=0, atol=1e-5)

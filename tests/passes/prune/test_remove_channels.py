@@ -9,6 +9,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 from sqcompile import Program
+from sqcompile.calibration import Calibration
 from sqcompile.channels import find_groups
 from sqcompile.errors import CalibrationError, PassOptionError, SelectionError
 from sqcompile.passes import MaskWeights, RemoveChannels
@@ -331,6 +332,18 @@ def test_compensation_takes_over_what_went() -> None:
         assert checked.record.distance is not None
         errors.append(checked.record.distance.max_error)
     assert errors[1] < 0.05 * errors[0]  # the ridge keeps it from being zero
+
+
+def test_compensation_sees_as_many_batches_as_fit_into_memory() -> None:
+    program = trace(net(), (X,))
+    batches = [(data(2, 2, 2, 2, seed=seed),) for seed in range(8)]
+    item = RemoveChannels(ratio=0.5, compensate=True, max_bytes=20_000)
+    for memory in (None, 1000):
+        context = PassContext(Calibration(batches, program.signature), max_memory=memory)
+        remove(item, program, context)
+        # A batch of one value of either convolution has 128 bytes.
+        left_out = [remark for remark in context.remarks if "more exceed max-bytes" in str(remark)]
+        assert bool(left_out) == (memory is not None)
 
 
 @pytest.mark.parametrize(
