@@ -30,7 +30,8 @@ class RemoveChannels(Removal):
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
         importance: What channels are ranked by: `l1` or `l2` norm of their weights, `batch-norm` scales,
-            `geometric-median`, `activation` and `taylor` (need calibration data), or `random`.
+            `geometric-median`, `activation`, `taylor` and `hessian` (need calibration data), or `random`.
+            `hessian` counts that others can take over, and belongs with `compensate`.
         scope: `layer`: every group loses alike; `global`: one ranking for all, so that groups of unimportant
             channels lose more.
         round_to: What is left of a group is a multiple of this, as kernels like it.

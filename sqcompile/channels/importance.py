@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +16,14 @@ from sqcompile.evaluate import run_watched
 from sqcompile.layers import Layer, layers_of
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
+from sqcompile.second_order import Hessian, Reader, elimination_costs
 
-Importance = Literal["l1", "l2", "batch-norm", "taylor", "activation", "geometric-median", "random"]
+Importance = Literal[
+    "l1", "l2", "batch-norm", "taylor", "hessian", "activation", "geometric-median", "random"
+]
 """What a unit is judged by; see `score_units`."""
 
-NEEDS_DATA: frozenset[str] = frozenset({"taylor", "activation"})
+NEEDS_DATA: frozenset[str] = frozenset({"taylor", "hessian", "activation"})
 
 _Array = NDArray[np.float64]
 
@@ -42,6 +45,8 @@ def score_units(
       it (Sun et al. 2023, by channel).
     - `taylor`: root of the mean square of the outputs' change, to first order, if the unit were zero:
       E[(v · J w)²] over random signs v (Molchanov et al. 2019, with the outputs in the place of a loss).
+    - `hessian`: root of what the mean squared error of the layers that read it grows by when it goes, after
+      all that are cheaper, and the rest is refitted (Kurtić et al. 2023).
     - `random`: as the seed says.
 
     Args:
@@ -60,6 +65,8 @@ def score_units(
     found: dict[str, _Array] = {}
     if importance == "activation":
         found = _by_activation(program, groups, batches)
+    elif importance == "hessian":
+        found = _by_hessian(program, groups, batches)
     elif importance == "taylor":
         found = _by_taylor(program, groups, batches, seed)
     generator = np.random.default_rng(seed)
@@ -155,20 +162,15 @@ def _by_activation(
     groups: Sequence[Group],
     batches: Callable[[], Iterable[Sequence[Any]]] | None,
 ) -> dict[str, _Array]:
-    assert batches is not None
     readers = {group.name: _readers(program, group) for group in groups}
-    axes = {layer.data: data_axis(layer) for found in readers.values() for _, layer in found}
     sums: dict[fx.Node, torch.Tensor] = {}
     counts: dict[fx.Node, int] = {}
 
-    def collect(node: fx.Node, value: torch.Tensor) -> None:
-        rows = along(value.detach().to(torch.float64), axes[node] % value.dim())
-        sums[node] = sums.get(node, torch.zeros(1, dtype=torch.float64)) + rows.square().sum(1)
-        counts[node] = counts.get(node, 0) + rows.shape[1]
+    def collect(node: fx.Node, rows: torch.Tensor) -> None:
+        sums[node] = sums.get(node, torch.zeros(1, dtype=torch.float64)) + rows.double().square().sum(0)
+        counts[node] = counts.get(node, 0) + rows.shape[0]
 
-    watched = [node for node in axes if node is not None]
-    for batch in batches():
-        run_watched(program, batch, watched, collect)
+    _watch_inputs(program, readers, batches, collect)
     result: dict[str, _Array] = {}
     for group in groups:
         total = np.zeros(len(group))
@@ -179,6 +181,54 @@ def _by_activation(
         if readers[group.name]:
             result[group.name] = np.sqrt(total)
     return result
+
+
+def _by_hessian(
+    program: Program,
+    groups: Sequence[Group],
+    batches: Callable[[], Iterable[Sequence[Any]]] | None,
+) -> dict[str, _Array]:
+    readers = {group.name: _readers(program, group) for group in groups}
+    names = {layer.data: layer.name for found in readers.values() for _, layer in found}
+    hessians: dict[fx.Node, Hessian] = {}
+
+    def collect(node: fx.Node, rows: torch.Tensor) -> None:
+        if node not in hessians:
+            hessians[node] = Hessian(rows.shape[1], rows.device, f"layer '{names[node]}'")
+        hessians[node].add(rows)
+
+    _watch_inputs(program, readers, batches, collect)
+    result: dict[str, _Array] = {}
+    for group in groups:
+        if not readers[group.name]:
+            continue
+        found = []
+        for member, layer in readers[group.name]:
+            assert layer.data is not None
+            unit = torch.full((member.size,), -1)
+            unit[torch.from_numpy(member.positions)] = torch.from_numpy(member.unit)
+            weight = along(program.tensor(member.tensor).detach(), member.axis).T
+            found.append(Reader(weight, hessians[layer.data], unit))
+        result[group.name] = elimination_costs(found, len(group)).sqrt().numpy()
+    return result
+
+
+def _watch_inputs(
+    program: Program,
+    readers: Mapping[str, Sequence[tuple[Member, Layer]]],
+    batches: Callable[[], Iterable[Sequence[Any]]] | None,
+    collect: Callable[[fx.Node, torch.Tensor], None],
+) -> None:
+    """Show what layers read over all batches: called with the node and the value as rows, [inputs, channels]."""
+    assert batches is not None
+    axes = {layer.data: data_axis(layer) for found in readers.values() for _, layer in found}
+
+    def show(node: fx.Node, value: torch.Tensor) -> None:
+        collect(node, along(value.detach(), axes[node] % value.dim()).T)
+
+    watched = [node for node in axes if node is not None]
+    for batch in batches():
+        run_watched(program, batch, watched, show)
 
 
 def _by_taylor(

@@ -231,7 +231,7 @@ def test_importance_without_what_it_is_measured_on_is_by_l2() -> None:
     assert "has nothing that 'batch-norm' is measured on; ranked by l2" in str(context.remarks[0])
 
 
-@pytest.mark.parametrize("importance", ["activation", "taylor"])
+@pytest.mark.parametrize("importance", ["activation", "taylor", "hessian"])
 def test_importance_by_data_sees_channels_that_are_never_active(importance: str) -> None:
     model = net()
     with torch.no_grad():
@@ -245,6 +245,25 @@ def test_importance_by_data_sees_channels_that_are_never_active(importance: str)
         idempotent=False,
     )
     assert checked.record.facts["kept"] == {"conv1": [0, 2, 3]}
+
+
+def test_hessian_importance_counts_what_others_take_over() -> None:
+    """Of two channels that are alike one can go, however large they are; of small ones none can."""
+    model = net()
+    with torch.no_grad():
+        for tensor in (model.conv1.weight, model.conv1.bias, model.norm.weight, model.norm.bias):  # type: ignore[union-attr]
+            tensor[3] = tensor[1]  # type: ignore[index]
+        for tensor in (model.norm.running_mean, model.norm.running_var):  # type: ignore[union-attr]
+            tensor[3] = tensor[1]  # type: ignore[index]
+    program = trace(model, (X,))
+    batches = [(data(2, 2, 2, 2, seed=seed),) for seed in range(4)]
+    found = {}
+    for importance in ("l2", "hessian"):
+        context = PassContext(Calibration(batches, program.signature))
+        item = RemoveChannels(ratio=0.25, importance=importance, layers=("conv1",))  # type: ignore[arg-type]
+        found[importance] = kept(item, program, context)["conv1"]
+    assert {1, 3} <= set(found["l2"])
+    assert len({1, 3} & set(found["hessian"])) == 1
 
 
 def test_random_importance_is_that_of_the_seed() -> None:
