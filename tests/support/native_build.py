@@ -39,6 +39,16 @@ _BUILDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("sqc_tests",),
     ),
+    "fuzzer": (
+        (
+            "-DSQC_TESTS=ON",
+            "-DSQC_FUZZER=ON",
+            "-DSQC_SANITIZE=address,undefined",
+            "-DCMAKE_BUILD_TYPE=None",
+            "-DCMAKE_CXX_FLAGS=-O1",
+        ),
+        ("sqc_fuzz",),
+    ),
     "arm": (
         (
             "-DSQC_TESTS=ON",
@@ -50,6 +60,8 @@ _BUILDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("sqc_tests", "sqrun"),
     ),
 }
+
+_COMPILERS = {"arm": "aarch64-linux-gnu-g++", "fuzzer": "clang++"}
 
 
 def tool(name: str) -> str:
@@ -78,13 +90,14 @@ def build(name: str, root: Path) -> Path:
     """Return the folder of a build, made if it is not there yet.
 
     Args:
-        name: `plain`, `address` (and undefined behaviour), `thread` or `arm`.
+        name: `plain`, `address` (and undefined behaviour), `thread`, `fuzzer` (libFuzzer, of clang) or `arm`.
         root: A folder that all processes of this run share.
     """
     definitions, targets = _BUILDS[name]
     cmake, ninja = tool("cmake"), tool("ninja")
-    if name == "arm":
-        definitions = (*definitions, f"-DCMAKE_CXX_COMPILER={tool('aarch64-linux-gnu-g++')}")
+    compiler = _COMPILERS.get(name)
+    if compiler is not None:
+        definitions = (*definitions, f"-DCMAKE_CXX_COMPILER={tool(compiler)}")
     folder = root / f"sqc-{name}"
     root.mkdir(parents=True, exist_ok=True)
     with (root / f"sqc-{name}.lock").open("w") as lock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +164,20 @@ def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) ->
         printed = run(folder / "sqc_fuzz", path, "20000", ASAN_OPTIONS=options)
         mutations, opened = (int(word) for word in printed.replace(",", "").split() if word.isdigit())
         assert mutations == 20000 and opened > 1000
+
+
+def test_files_that_libfuzzer_finds(native_build: Build, operators: Path, tmp_path: Path) -> None:
+    """What mutations at random do not reach: inputs are kept that reach new code, and mutated on."""
+    folder = native_build("fuzzer")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for path in (GOLDEN, operators):
+        shutil.copy(path, corpus)
+    options = "allocator_may_return_null=1:max_allocation_size_mb=512"
+    limits = ("-max_total_time=30", "-max_len=65536", "-rss_limit_mb=4096", "-timeout=20", "-seed=1")
+    printed = run(folder / "sqc_fuzz", *limits, f"-artifact_prefix={tmp_path}/", corpus, ASAN_OPTIONS=options)
+    kept = [int(found) for found in re.findall(r"corp: (\d+)", printed)]
+    assert kept[-1] > 10  # it has gone beyond the files that it was given
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is Arm")
