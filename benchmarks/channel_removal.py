@@ -8,6 +8,8 @@ multiply-accumulates. *Exact* means that they equal, to 2e-5 of the greatest val
 model with the removed parts of its parameters set to zero; what is removed from under a layer norm changes the
 statistics of the rest, and is not exact. Torch-Pruning (`pip install torch-pruning`) is told which layers make
 the outputs, and how many heads each layer has; the counts that modules keep as attributes are corrected after it.
+It has two attempts, of which the better counts: one with all that it takes, widths of residual streams among it,
+and one told to leave all layers alone but those which ours shrinks. Each may take a minute.
 
 Then the time of finding groups and of removal as a whole, beyond tracing, for ResNet-50 and a 12-layer BERT with
 random weights: CPU time of one thread (which neighbours do not change).
@@ -49,7 +51,7 @@ from support.zoo import ZOO
 
 Make = Callable[[], nn.Module]
 KINDS = ("channels", "neurons", "heads")
-_PATIENCE_S = 30
+_PATIENCE_S = 60
 _QUERIES = re.compile(r"(^|\.)(q_proj|q_lin|query|q|k_proj|k_lin|key|k|v_proj|v_lin|value|v|qkv)$")
 
 
@@ -99,7 +101,7 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def is_exact(result: dict[str, Any]) -> bool:
-    return result["error"] is not None and result["error"] < TOLERANCE
+    return result.get("error") is not None and bool(result["error"] < TOLERANCE)
 
 
 def case_of(name: str) -> tuple[Make, Any]:
@@ -125,6 +127,12 @@ def ours(make: Make, inputs: Any, program: Program) -> dict[str, Any]:
 
 
 def torch_pruning(make: Make, inputs: Any, program: Program) -> dict[str, Any]:
+    """Return the better of both attempts; of two that fail the first."""
+    attempts = [attempt(make, inputs, program, only_ours) for only_ours in (False, True)]
+    return max(attempts, key=lambda result: (result["verdict"] == "runs") + is_exact(result))
+
+
+def attempt(make: Make, inputs: Any, program: Program, only_ours: bool) -> dict[str, Any]:
     model = make()
     original = copy.deepcopy(model)
     dense = outputs(model, inputs)
@@ -133,7 +141,7 @@ def torch_pruning(make: Make, inputs: Any, program: Program) -> dict[str, Any]:
     signal.alarm(_PATIENCE_S)
     try:
         removed = Removed(model)
-        for group in pruner_of(model, inputs, program).step(interactive=True):
+        for group in pruner_of(model, inputs, program, only_ours).step(interactive=True):
             removed.add(group)
             group.prune()
         seen = outputs(model, inputs)
@@ -151,16 +159,20 @@ def torch_pruning(make: Make, inputs: Any, program: Program) -> dict[str, Any]:
     return {"verdict": "runs", "macs_left": left / macs, "error": error_of}
 
 
-def pruner_of(model: nn.Module, inputs: Any, program: Program) -> Any:
+def pruner_of(model: nn.Module, inputs: Any, program: Program, only_ours: bool = False) -> Any:
     """Return Torch-Pruning's pruner with what it has to be told, and module attributes kept in step."""
     import torch_pruning as tp
 
+    groups = find_groups(program)
     last = {
         name
-        for group in find_groups(program).blocked
-        if "output of the model" in str(group.blocked)
+        for group in groups.blocked
+        if only_ours or "output of the model" in str(group.blocked)
         for name in group.layers
     }
+    if only_ours:
+        last |= {name for group in groups if group.kind not in KINDS for name in group.layers}
+        last -= {name for group in groups if group.kind in KINDS for name in group.layers}
     modules = dict(model.named_modules())
     heads = {modules[name]: count for name, count in heads_of(model).items()}
     pruner = tp.pruner.BasePruner(

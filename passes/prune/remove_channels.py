@@ -29,6 +29,11 @@ class RemoveChannels(Removal):
             `scope=global` of all groups together.
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
+        latency: Instead of a ratio: fraction of the time of a call that may be left. Candidates are lowered and
+            measured on this machine, on the first calibration batch; the report says predicted and measured time.
+        latency_ms: Instead of a ratio: the time that a call may take, in milliseconds.
+        backend: Where a latency is measured: `native`, `onnxruntime` or `reference`.
+        threads: Threads within an operator when a latency is measured; none: as many as PyTorch uses.
         importance: What channels are ranked by: `l1` or `l2` norm of their weights, `batch-norm` scales,
             `geometric-median`, `activation`, `taylor` and `hessian` (need calibration data), or `random`.
             `hessian` counts that others can take over, and belongs with `compensate`.

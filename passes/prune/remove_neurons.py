@@ -26,6 +26,10 @@ class RemoveNeurons(Removal):
             `scope=global` of all groups together.
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
+        latency: Instead of a ratio: fraction of the measured time of a call that may be left.
+        latency_ms: Instead of a ratio: the time that a call may take, in milliseconds.
+        backend: Where a latency is measured: `native`, `onnxruntime` or `reference`.
+        threads: Threads within an operator when a latency is measured; none: as many as PyTorch uses.
         importance: What neurons are ranked by; see `RemoveChannels`.
         scope: `layer`: every layer loses alike, as a Hugging Face configuration needs it; `global`: one
             ranking for all.

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from sqcompile.channels.compensate import compensate, losses
 from sqcompile.channels.cost import Costs
+from sqcompile.channels.flow import flow_of
 from sqcompile.channels.groups import Group, Groups, find_groups
 from sqcompile.channels.importance import NEEDS_DATA, Importance, score_units
-from sqcompile.channels.select import Choice, choose_by_budget, choose_by_ratio, without_overlap
+from sqcompile.channels.latency import BUDGETS, BackendName, check_budgets, latency_budget
+from sqcompile.channels.select import Choice, Scores, choose_by_budget, choose_by_ratio, without_overlap
 from sqcompile.channels.shrink import Shrink
 from sqcompile.errors import PassOptionError
 from sqcompile.layers import layers_of, select_layers
@@ -29,6 +31,10 @@ class Removal(Pass, register=False):
         ratio: Fraction of units to remove.
         macs: Instead: fraction of the multiply-accumulates that may be left.
         parameters: Instead: fraction of the parameters that may be left.
+        latency: Instead: fraction of the measured time that may be left.
+        latency_ms: Instead: the time that a call may take.
+        backend: Where the time is measured.
+        threads: Threads within an operator there.
         importance: What units are ranked by.
         scope: Whether every group loses alike.
         round_to: What is left of a group is a multiple of this.
@@ -44,6 +50,10 @@ class Removal(Pass, register=False):
     ratio: float | None = None
     macs: float | None = None
     parameters: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+    backend: BackendName = "onnxruntime"
+    threads: int | None = None
     importance: Importance = "l2"
     scope: Literal["layer", "global"] = "layer"
     round_to: int = 1
@@ -61,15 +71,12 @@ class Removal(Pass, register=False):
         Raises:
             PassOptionError: If they do.
         """
-        given = [name for name in ("ratio", "macs", "parameters") if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise self.reject_option(given[-1] if given else "ratio", "one of ratio, macs and parameters")
+            raise self.reject_option(given[-1] if given else "ratio", f"one of {', '.join(BUDGETS)}")
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise self.reject_option("ratio", "a fraction r of units to remove, 0 ≤ r < 1")
-        for name in ("macs", "parameters"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise self.reject_option(name, "a fraction of what there is that may be left, 0 < f ≤ 1")
+        check_budgets(self)
         if self.round_to < 1:
             raise self.reject_option("round_to", "1 or more")
 
@@ -86,7 +93,7 @@ class Removal(Pass, register=False):
             return PassResult()
         costs = Costs(groups.flow)
         before = costs.macs()
-        choice = self._choice(program, groups, chosen, costs, context)
+        choice, facts = self._choice(program, groups, chosen, costs, context)
         for group in chosen:
             if group.name not in choice.removed and self.ratio:
                 context.remark(
@@ -105,7 +112,7 @@ class Removal(Pass, register=False):
             shrink.run()
             if dense is not None:
                 compensate(edit, dense, lost, context, max_bytes=self.max_bytes)
-        facts: dict[str, Any] = {
+        facts |= {
             "kept": {name: _kept(chosen, name, gone) for name, gone in choice.removed.items()},
             "macs": {"before": before, "after": after},
         }
@@ -132,9 +139,51 @@ class Removal(Pass, register=False):
 
     def _choice(
         self, program: Program, groups: Groups, chosen: Sequence[Group], costs: Costs, context: PassContext
-    ) -> Choice:
-        needs_data = self.importance in NEEDS_DATA
+    ) -> tuple[Choice, dict[str, Any]]:
+        """Return which units go, and what was measured to find that out."""
+        scores = self._scores(program, chosen, context)
+        together = self.scope == "global"
 
+        def by_ratio(ratio: float) -> Choice:
+            return choose_by_ratio(chosen, scores, ratio, together=together, round_to=self.round_to)
+
+        if self.ratio is not None:
+            return by_ratio(self.ratio), {}
+        smallest = by_ratio(1 - 1e-6)
+        measure = costs.parameters if self.parameters is not None else costs.macs
+        whole = measure()
+
+        def share(choice: Choice) -> float:
+            view = Shrink(groups.flow, Rewriter(program), choice.atoms(chosen))
+            return measure(view.factors) / whole
+
+        def by_share(budget: float) -> Choice | None:
+            return choose_by_budget(chosen, scores, share, budget, together=together, round_to=self.round_to)
+
+        name, budget = ("macs", self.macs) if self.macs is not None else ("parameters", self.parameters)
+        if budget is not None:
+            within = by_share(budget)
+            if within is None:
+                raise self._unreachable(name, budget, share(smallest))
+            return within, {}
+
+        def candidate(budget: float) -> tuple[Choice, float]:
+            found = by_share(budget) or smallest
+            return found, share(found)
+
+        def shrunk(choice: Choice) -> Program:
+            copy = program.snapshot()
+            edit = Rewriter(copy, self.name)
+            # The same graph has the same atoms.
+            Shrink(flow_of(copy), edit, choice.atoms(chosen)).run()
+            edit.finish()
+            return copy
+
+        budgeted = latency_budget(self)
+        choice, measured = budgeted.meet(program, Choice({}), candidate, shrunk, context)
+        return choice, {"latency": measured}
+
+    def _scores(self, program: Program, chosen: Sequence[Group], context: PassContext) -> Scores:
         def batches() -> Iterable[Sequence[Any]]:
             return context.batches(f"scoring {self.kinds_of_units()[0]}")
 
@@ -143,36 +192,21 @@ class Removal(Pass, register=False):
             program,
             chosen,
             self.importance,
-            batches=batches if needs_data else None,
+            batches=batches if self.importance in NEEDS_DATA else None,
             seed=context.seed,
         )
         for group, reason in remarks:
             context.remark(group.node, reason)
-        together = self.scope == "global"
-        if self.ratio is not None:
-            return choose_by_ratio(chosen, scores, self.ratio, together=together, round_to=self.round_to)
-        name, budget = ("macs", self.macs) if self.macs is not None else ("parameters", self.parameters)
-        assert budget is not None
-        measure = costs.macs if name == "macs" else costs.parameters
+        return scores
 
-        def cost(choice: Choice) -> float:
-            view = Shrink(groups.flow, Rewriter(program), choice.atoms(chosen))
-            return measure(view.factors)
-
-        whole = measure()
-        choice = choose_by_budget(
-            chosen, scores, cost, budget * whole, together=together, round_to=self.round_to
+    def _unreachable(self, name: str, budget: float, least: float) -> PassOptionError:
+        return PassOptionError(
+            f"{self.name} cannot bring the {name} down that far.",
+            where=f"pass {self.name}",
+            seen=f"{name}={budget:g}",
+            expected=f"{least:.3f} or more: so much is left with one unit of each group",
+            next_step="ask for less, or remove other kinds of units as well",
         )
-        if choice is None:
-            smallest = choose_by_ratio(chosen, scores, 1 - 1e-6, together=together, round_to=self.round_to)
-            raise PassOptionError(
-                f"{self.name} cannot bring the {name} down that far.",
-                where=f"pass {self.name}",
-                seen=f"{name}={budget:g}",
-                expected=f"{cost(smallest) / whole:.3f} or more: so much is left with one unit of each group",
-                next_step="ask for less, or remove other kinds of units as well",
-            )
-        return choice
 
     def _why_none(self, group: Group) -> str:
         if self.scope == "global":

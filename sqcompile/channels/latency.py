@@ -1,0 +1,251 @@
+"""Removing until a program is as fast as it shall be: candidates are shrunk, lowered, and measured.
+
+Time is not what any count says: kernels have widths they like, and parts of a model do not shrink. So each
+candidate really runs, in turns with the program as it is, and the next one is chosen by the line through what was
+measured. The same measurements lead to the same choice.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from sqcompile.backend import get_backend
+from sqcompile.errors import InputError, PassOptionError
+from sqcompile.input_spec import example_call
+from sqcompile.measure import alternate
+from sqcompile.pipeline.context import PassContext
+from sqcompile.program import Program
+
+BackendName = Literal["native", "onnxruntime", "reference"]
+
+_TRIALS = 8
+_RUNS = 20
+# Aimed a little below the budget, so that the noise of a measurement does not make it miss; and met when
+# not much is given away.
+_AIM, _CLOSE = 0.98, 0.94
+
+BUDGETS = ("ratio", "macs", "parameters", "latency", "latency_ms")
+"""Options of which passes that remove parts take one."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial(Generic[T]):
+    """A candidate that was measured; all numbers are shares of the program as it is.
+
+    Attributes:
+        candidate: What was measured.
+        macs: Multiply-accumulates that are left.
+        predicted: Time that was predicted for it.
+        measured: Time that it took.
+    """
+
+    candidate: T
+    macs: float
+    predicted: float
+    measured: float
+
+
+@dataclass
+class Search(Generic[T]):
+    """What a search for a latency has found.
+
+    Attributes:
+        trials: Every candidate that was measured, in order.
+        best: The one that is within the budget and has most left, or None.
+    """
+
+    trials: list[Trial[T]] = field(default_factory=list)
+    best: Trial[T] | None = None
+
+
+def search_latency(
+    choose: Callable[[float], tuple[T, float]], measure: Callable[[T], float], budget: float
+) -> Search[T]:
+    """Find a candidate whose measured time is within a budget, and not by much.
+
+    Args:
+        choose: Returns the largest candidate with at most a share of the multiply-accumulates, and its share;
+            the smallest there is where all have more.
+        measure: Returns the time of a candidate.
+        budget: Share of the time that may be left, 0 < budget < 1.
+    """
+    search: Search[T] = Search()
+    # (macs, time); the lower end is a guess until something is within the budget.
+    low, high, beyond = (0.0, 0.0), (1.0, 1.0), (1.0, 1.0)
+    for _ in range(_TRIALS):
+        first, second = (high, beyond) if search.best is None and high != beyond else (low, high)
+        rise = (second[1] - first[1]) / (second[0] - first[0])
+        if rise <= 0:  # noise
+            first, rise = (0.0, 0.0), high[1] / high[0]
+        wanted = first[0] + (_AIM * budget - first[1]) / rise
+        gap = high[0] - low[0]
+        candidate, macs = choose(min(max(wanted, low[0] + gap / 16), high[0] - gap / 16))
+        if any(trial.macs == macs for trial in search.trials):
+            break  # there is nothing between what was measured
+        predicted = max(0.0, first[1] + (macs - first[0]) * rise)
+        trial = Trial(candidate, macs, predicted, measure(candidate))
+        search.trials.append(trial)
+        if trial.measured > budget:
+            if macs < high[0]:
+                high, beyond = (macs, trial.measured), high
+            continue
+        low = (macs, trial.measured)
+        if search.best is None or macs > search.best.macs:
+            search.best = trial
+        if trial.measured >= _CLOSE * budget or macs >= high[0]:
+            break
+    return search
+
+
+class Stopwatch:
+    """Times candidates against the program as it is, in one backend.
+
+    Args:
+        program: The program as it is.
+        context: Its calibration data, or else random numbers, are the inputs of a call.
+        backend: Name of the backend.
+        threads: Threads within an operator; None: as many as PyTorch uses.
+
+    Attributes:
+        time_ns: Median time of a call of the program as it is.
+
+    Raises:
+        UnsupportedError: If the backend cannot run the program.
+        InputError: If there are no inputs to run it with.
+    """
+
+    def __init__(
+        self, program: Program, context: PassContext, backend: BackendName, threads: int | None
+    ) -> None:
+        self._backend = get_backend(backend)
+        self._threads = threads or torch.get_num_threads()
+        self._inputs = _inputs(program, context)
+        self._dense = self._load(program)
+        (times,) = alternate(lambda: self._dense.run(self._inputs), runs=_RUNS)
+        self.time_ns = statistics.median(times)
+
+    def share(self, candidate: Program) -> float:
+        """Return the time of a candidate as a share of the program's own, both measured now, in turns."""
+        session = self._load(candidate)
+        dense, shrunk = alternate(
+            lambda: self._dense.run(self._inputs), lambda: session.run(self._inputs), runs=_RUNS
+        )
+        return statistics.median(b / a for a, b in zip(dense, shrunk, strict=True))
+
+    def _load(self, program: Program) -> Any:
+        return self._backend.load(self._backend.lower(program), threads=self._threads)
+
+
+def _inputs(program: Program, context: PassContext) -> Sequence[Any]:
+    if context.calibration is not None:
+        return context.calibration.first()
+    call = example_call(program.signature)
+    if call is None:
+        raise InputError(
+            "There are no inputs to measure the latency with.",
+            where=f"pass {context.origin}",
+            seen="no calibration data, and inputs whose sizes depend on each other",
+            expected="one batch at least",
+            next_step="pass calibration=[batch, …] to sqcompile.compile",
+        )
+    return program.signature.bind(*call)
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """The time that a program may take.
+
+    Attributes:
+        share: Share of what it takes now, or None.
+        time_ms: Or the time itself.
+        backend: Where it is measured.
+        threads: Threads within an operator; None: as many as PyTorch uses.
+    """
+
+    share: float | None
+    time_ms: float | None
+    backend: BackendName
+    threads: int | None
+
+    def meet(
+        self,
+        program: Program,
+        nothing: T,
+        choose: Callable[[float], tuple[T, float]],
+        shrunk: Callable[[T], Program],
+        context: PassContext,
+    ) -> tuple[T, dict[str, Any]]:
+        """Return the candidate that meets the budget, and what was measured.
+
+        Args:
+            program: The program as it is.
+            nothing: The candidate that removes nothing.
+            choose: As `search_latency` takes it.
+            shrunk: Returns a copy of the program that is a candidate.
+            context: Holds inputs; told what was measured.
+
+        Raises:
+            PassOptionError: If even the smallest candidate takes longer.
+        """
+        stopwatch = Stopwatch(program, context, self.backend, self.threads)
+        before = stopwatch.time_ns
+        budget = self.share if self.time_ms is None else self.time_ms * 1e6 / before
+        assert budget is not None
+        facts: dict[str, Any] = {"backend": self.backend, "before_ns": before, "trials": []}
+        if budget >= 1:
+            context.remark("program", f"takes {before / 1e6:.3g} ms in {self.backend} as it is")
+            return nothing, facts
+        search = search_latency(choose, lambda item: stopwatch.share(shrunk(item)), budget)
+        facts["trials"] = [
+            {
+                "macs": trial.macs,
+                "predicted_ns": trial.predicted * before,
+                "after_ns": trial.measured * before,
+            }
+            for trial in search.trials
+        ]
+        best = search.best
+        if best is None:
+            least = min(trial.measured for trial in search.trials)
+            raise PassOptionError(
+                f"{context.origin} cannot bring the latency down that far.",
+                where=f"pass {context.origin}",
+                seen=f"{budget * before / 1e6:.3g} ms of {before / 1e6:.3g} ms, in {self.backend}",
+                expected=f"{least * before / 1e6:.3g} ms or more: so long took the fastest that was measured",
+                next_step="ask for less, or remove other kinds of units as well",
+            )
+        facts |= {"predicted_ns": best.predicted * before, "after_ns": best.measured * before}
+        context.remark(
+            "program",
+            f"takes {facts['after_ns'] / 1e6:.3g} ms of {before / 1e6:.3g} ms in {self.backend} "
+            f"(predicted: {facts['predicted_ns'] / 1e6:.3g} ms)",
+        )
+        return best.candidate, facts
+
+
+def check_budgets(options: Any) -> None:
+    """Check the options of a pass that say what may be left.
+
+    Raises:
+        PassOptionError: If one is out of range.
+    """
+    for name in ("macs", "parameters", "latency"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= 1:
+            raise options.reject_option(name, "a fraction of what there is that may be left, 0 < f ≤ 1")
+    if options.latency_ms is not None and not options.latency_ms > 0:
+        raise options.reject_option("latency_ms", "a time in milliseconds, more than 0")
+    if options.threads is not None and options.threads < 1:
+        raise options.reject_option("threads", "1 or more")
+
+
+def latency_budget(options: Any) -> LatencyBudget:
+    """Return the budget that the options of a pass ask for."""
+    return LatencyBudget(options.latency, options.latency_ms, options.backend, options.threads)
