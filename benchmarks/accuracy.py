@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="names of models, separated by commas")
-    parser.add_argument("--sentences", type=int, default=400, help="sentences of STS-B for MiniLM")
+    parser.add_argument("--sentences", type=int, help="only the first so many sentences of STS-B for MiniLM")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +51,19 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+_DRAW: ContextVar[int] = ContextVar("_DRAW", default=0)
+
+
+@contextmanager
+def other_weights(draw: int) -> Iterator[None]:
+    """Models that are made inside have other random weights: those of this draw; 0 is the usual one."""
+    token = _DRAW.set(draw)
+    try:
+        yield
+    finally:
+        _DRAW.reset(token)
+
+
 def build_random(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """Build a model whose every parameter has a value that shows errors, in eval mode.
 
@@ -58,7 +73,7 @@ def build_random(build: Callable[[], nn.Module], seed: int) -> nn.Module:
     """
     # Constructors draw from the global state, which tests must find as they left it.
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 1000 * _DRAW.get())
         model = build()
         with torch.no_grad():
             for parameter in model.parameters():
