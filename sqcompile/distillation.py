@@ -12,6 +12,9 @@ def train(student):
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,6 +48,27 @@ def distill_hidden(student: Tensor, teacher: Tensor) -> Tensor:
     _check_shapes(student, teacher, "hidden states")
     wanted = teacher.detach()
     return (student - wanted).square().mean() / wanted.square().mean().clamp(min=1e-12)
+
+
+def distill_states(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean of `distill_hidden` over all modules whose states both have; see `HiddenStates`.
+
+    Shapes: states of one name have one shape; result [].
+    Raises: InputError if the names or shapes differ, naming the module.
+    """
+    if set(student) != set(teacher) or not len(student):
+        raise InputError(
+            "Student and teacher do not show states of the same modules.",
+            where="distillation",
+            seen=f"student {sorted(student)}, teacher {sorted(teacher)}",
+            expected="the same names, at least one",
+            next_step="ask both for the same names",
+        )
+    losses = []
+    for name in student:
+        _check_shapes(student[name], teacher[name], f"states of '{name}'")
+        losses.append(distill_hidden(student[name], teacher[name]))
+    return torch.stack(losses).mean()
 
 
 def _check_shapes(student: Tensor, teacher: Tensor, what: str) -> None:

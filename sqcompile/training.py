@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from sqcompile.errors import Error, PassOptionError, TrainingError
 from sqcompile.functions import FunctionReference
+from sqcompile.hidden import output_of_module
 from sqcompile.matching import is_mask
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
@@ -82,13 +83,28 @@ class Trainable(nn.Module):
         self._prepare(twin)
         # Functions, which copies of the module (averages of weights) share.
         self._bind, self._unflatten = _interface(program.signature)
-        self._modes = {False: _function(twin.graph_module, twin.graph)}
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in twin.tensors():
                 self._add(name, tensor)
+        plain = twin.snapshot()
         _switch(twin)
-        self._modes[True] = _function(twin.graph_module, twin.graph)
+        self._build = _builder({False: plain, True: twin})
+        self._modes, self._watched = self._build(()), tuple[str, ...]()
+        self._told: Callable[[dict[str, Tensor]], None] | None = None
         self.train(False)
+
+    def watch(self, names: Sequence[str], tell: Callable[[dict[str, Tensor]], None] | None) -> None:
+        """Tell a function what leaves some of the model's modules, at every call from now on.
+
+        Args:
+            names: Module paths, such as `model.layers.3`; none to stop.
+            tell: Called after each run with the values by name, which carry gradients.
+
+        Raises:
+            SelectionError: If no operator of the program comes from such a module.
+        """
+        self._modes, self._watched = self._build(tuple(names)), tuple(names)
+        self._told = tell if names else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program with the tensors of this module, in its mode.
@@ -97,7 +113,11 @@ class Trainable(nn.Module):
             InputError: If the inputs do not fit the program.
         """
         flat = self._bind(args, kwargs)
-        return self._unflatten(list(MethodType(self._modes[self.training], self)(*flat)))
+        values = list(MethodType(self._modes[self.training], self)(*flat))
+        count = len(values) - len(self._watched)
+        if self._told is not None:
+            self._told(dict(zip(self._watched, values[count:], strict=True)))
+        return self._unflatten(values[:count])
 
     def _add(self, name: str, tensor: Tensor) -> None:
         *path, leaf = name.split(".")
@@ -374,12 +394,25 @@ def _interface(
     return bind, unflatten
 
 
-def _function(root: nn.Module, graph: fx.Graph) -> Callable[..., Any]:
+def _builder(twins: Mapping[bool, Program]) -> Callable[[tuple[str, ...]], dict[bool, Callable[..., Any]]]:
+    """Return a function that makes the code of both modes, which also returns what leaves some modules."""
+
+    def build(names: tuple[str, ...]) -> dict[bool, Callable[..., Any]]:
+        return {
+            mode: _function(twin.graph_module, twin.graph, [output_of_module(twin, name) for name in names])
+            for mode, twin in twins.items()
+        }
+
+    return build
+
+
+def _function(root: nn.Module, graph: fx.Graph, also: Sequence[fx.Node]) -> Callable[..., Any]:
     """Return a graph's code as a function of the module whose tensors it reads, and of the inputs."""
     copied = fx.Graph()
-    output = copied.graph_copy(graph, {}, return_output_node=True)
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = copied.graph_copy(graph, nodes, return_output_node=True)
     assert isinstance(output, tuple)
-    copied.output(output[0])
+    copied.output((*output[0], *(nodes[node] for node in also)))
     copied.set_codegen(fx.graph.CodeGen())
     function: Callable[..., Any] = type(fx.GraphModule(root, copied)).forward
     return function
