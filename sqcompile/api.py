@@ -75,6 +75,15 @@ class Compiled:
         """
         return self.session(*args, **kwargs)
 
+    def generate(self, input_ids: Any, max_new_tokens: int, **options: Any) -> Any:
+        """Continue prompts of a language model; `Session.generate` has the options.
+
+        Raises:
+            InputError: If the prompts do not fit.
+            BackendError: If the model or its backend does not generate; it says why.
+        """
+        return self.session.generate(input_ids, max_new_tokens, **options)
+
     def save(self, path: str | Path) -> list[Path]:
         """Write the compiled model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,50 @@ class Session(ABC):
             runs: Calls to take the median of.
         """
         return {}
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        on_token: Callable[[int, int], object] | None = None,
+        kv_cache: str = "float32",
+    ) -> Any:
+        """Continue prompts of a language model.
+
+        Args:
+            input_ids: Tokens [batch, sequence], or a list of lists of different lengths.
+            max_new_tokens: Tokens to choose for each row.
+            attention_mask: [batch, sequence], 0 where `input_ids` is padding, on either side.
+            temperature: 0 takes the most likely token; else logits are divided by it and one is drawn.
+            top_k: Draw among so many of the most likely; 0: among all.
+            top_p: Draw among the fewest that together have this probability.
+            seed: Of the draws.
+            eos_token_id: Tokens that end a row.
+            pad_token_id: What follows in rows that ended earlier than others; None: the first that ends one.
+            on_token: Called with (row, token) as soon as a token is chosen; False ends the generation.
+            kv_cache: How keys and values are kept: `float32` or `int8`.
+
+        Returns:
+            Prompts and new tokens: [batch, sequence + new] of int64, or lists where lists were given.
+
+        Raises:
+            InputError: If the prompts do not fit the model, or an option is out of range.
+            BackendError: If the model is none that generates, or its backend does not.
+        """
+        raise BackendError(
+            "This session does not generate text.",
+            where=type(self).__name__,
+            expected="a language model compiled for the native engine",
+            next_step="compile it with backend='native'",
+        )
 
 
 class Artifact(ABC):

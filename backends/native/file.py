@@ -19,6 +19,7 @@ MAGIC = b"\x89SQM\r\n\x1a\n"
 
 _NONE = 0xFFFFFFFF
 _SECTIONS = 13
+_GENERATION_SECTIONS = 10  # follow where the plan generates
 _HEADER_BYTES = 64
 _SECTION_ALIGNMENT = 64
 _DATA_ALIGNMENT = 4096
@@ -80,6 +81,7 @@ _OPERATOR = np.dtype(
 )
 _PORT = np.dtype([("value", "<u4"), ("name_offset", "<u4"), ("name_bytes", "<u4"), ("reserved", "<u4")])
 _TENSOR = np.dtype([("offset", "<u8"), ("bytes", "<u8"), ("crc", "<u4"), ("reserved", "<u4")])
+_GENERATION = np.dtype([("limit", "<i8"), ("vocabulary", "<i8"), ("reserved", "V16")])
 _SECTION = np.dtype(
     [("kind", "<u4"), ("crc", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("reserved", "<u8")]
 )
@@ -106,26 +108,38 @@ class PlanFile:
     def __init__(self, plan: Plan) -> None:
         tables = _Tables(plan)
         self._tensors = plan.tensors
-        sections = tables.sections()
-        offset = _align(_HEADER_BYTES + _SECTIONS * _SECTION.itemsize, _SECTION_ALIGNMENT)
+        # All sections but the data, by kind. Texts are collected while tables are made.
+        sections = dict(enumerate(tables.sections()))
+        version = _native.FORMAT_VERSION
+        if plan.generation is not None:
+            version = _native.FORMAT_VERSION_WITH_GENERATION
+            more = _Tables(plan.generation.plan, tables).sections()
+            settings = np.zeros(1, _GENERATION)
+            settings["limit"], settings["vocabulary"] = plan.generation.limit, plan.generation.vocabulary
+            sections[_SECTIONS] = settings.tobytes()
+            sections |= {_SECTIONS + 1 + at: section for at, section in enumerate(more[1:10])}
+            sections[0] = bytes(tables.strings)
+        count = _SECTIONS + (_GENERATION_SECTIONS if plan.generation is not None else 0)
+        offset = _align(_HEADER_BYTES + count * _SECTION.itemsize, _SECTION_ALIGNMENT)
         # The table of tensors holds offsets that depend on its own place, but not on its contents.
-        placed = _place([len(section) for section in sections], offset)
-        begin = _align(placed[-1] + len(sections[-1]), _DATA_ALIGNMENT)
+        kinds = list(sections)
+        placed = _place([len(section) for section in sections.values()], offset)
+        begin = _align(placed[-1] + len(sections[kinds[-1]]), _DATA_ALIGNMENT)
         self._offsets, self.size_bytes = _place_tensors(self._tensors, begin)
         records = np.zeros(len(self._tensors), _TENSOR)
         for index, array in enumerate(self._tensors):
             records[index] = (self._offsets[index], array.nbytes, zlib.crc32(_bytes(array)), 0)
         sections[_Tables.TENSORS] = records.tobytes()
-        table = np.zeros(_SECTIONS, _SECTION)
-        for index, section in enumerate(sections):
-            table[index] = (index, zlib.crc32(section), placed[index], len(section), 0)
+        table = np.zeros(count, _SECTION)
+        for kind, place in zip(kinds, placed, strict=True):
+            table[kind] = (kind, zlib.crc32(sections[kind]), place, len(sections[kind]), 0)
         table[_SECTIONS - 1] = (_SECTIONS - 1, 0, begin, self.size_bytes - begin, 0)
         header = np.zeros(1, _HEADER)
-        header["magic"], header["version"] = MAGIC, _native.FORMAT_VERSION
-        header["section_count"], header["file_bytes"] = _SECTIONS, self.size_bytes
+        header["magic"], header["version"] = MAGIC, version
+        header["section_count"], header["file_bytes"] = count, self.size_bytes
         header["sections_crc"] = zlib.crc32(table.tobytes())
         header["header_crc"] = zlib.crc32(header.tobytes()[:28])
-        self._pieces = [(0, header.tobytes() + table.tobytes()), *zip(placed, sections, strict=True)]
+        self._pieces = [(0, header.tobytes() + table.tobytes()), *zip(placed, sections.values(), strict=True)]
 
     def write(self, file: BinaryIO) -> None:
         """Write everything from the file's present position on."""
@@ -143,14 +157,19 @@ class PlanFile:
 
 
 class _Tables:
-    """The sections of a plan but the data; that of tensors holds zeros."""
+    """The sections of a plan but the data; that of tensors holds zeros.
+
+    Args:
+        plan: The plan.
+        others: Tables that names are shared with.
+    """
 
     TENSORS = 10
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, others: _Tables | None = None) -> None:
         self.plan = plan
-        self.strings = bytearray()
-        self.string_places: dict[str, tuple[int, int]] = {}
+        self.strings: bytearray = bytearray() if others is None else others.strings
+        self.string_places: dict[str, tuple[int, int]] = {} if others is None else others.string_places
         self.symbols = list(plan.symbols)
         self.code: list[tuple[int, int, int]] = []
         self.sizes: dict[Size, int] = {}

@@ -94,6 +94,7 @@ class Plan:
         inputs: (name, value) of each tensor that a call passes.
         outputs: (name, value) of each tensor that a call returns.
         metadata: Text that is kept with the plan; the engine does not read it.
+        generation: How the plan takes a text piece by piece, if it does.
     """
 
     symbols: dict[sympy.Symbol, SymbolRange] = field(default_factory=dict)
@@ -103,6 +104,7 @@ class Plan:
     inputs: list[tuple[str, Value]] = field(default_factory=list)
     outputs: list[tuple[str, Value]] = field(default_factory=list)
     metadata: str = ""
+    generation: Generation | None = None
     _known: dict[tuple[Any, ...], Value] = field(default_factory=dict, repr=False)
 
     def add_input(self, name: str, dtype: str, shape: Shape) -> Value:
@@ -124,6 +126,13 @@ class Plan:
         if array.nbytes <= _COMPARED_BYTES:
             self._known[key] = value
         return value
+
+    def share_constant(self, value: Value) -> Value:
+        """Return a constant of a plan that has the same tensors as this one."""
+        key: tuple[Any, ...] = ("shared", value.index)
+        if key not in self._known:
+            self._known[key] = self._add(value.dtype, value.shape, "constant", value.source, value.layout)
+        return self._known[key]
 
     def add_step(
         self,
@@ -171,3 +180,20 @@ class Plan:
             renamed.update(zip(step.outputs, made, strict=True))
         result.outputs = [(name, rename(value)) for name, value in self.outputs]
         return result
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A plan that continues texts: of each call's tokens it returns the logits of each row's last one.
+
+    Attributes:
+        plan: Its tensors are those of the plan for whole sequences. Inputs: `tokens` [1, tokens], one row's
+            behind the other's; `positions` [tokens] in their rows; `last` [rows], the place of each row's
+            last token; `keys` [keys], the numbers from 0 on. Output: logits [rows, vocabulary].
+        limit: Tokens that a row may have.
+        vocabulary: Tokens that can be looked up; 0 if that is not known.
+    """
+
+    plan: Plan
+    limit: int
+    vocabulary: int

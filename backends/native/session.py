@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sqcompile.backend import Session
 from sqcompile.backends.native import _native
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.cpu import cpu_features
+from sqcompile.backends.native.generation import OnToken, TextGenerator, no_generation, split_rows
 from sqcompile.backends.native.kernels import default_isa
 from sqcompile.errors import BackendError, FileError, InputError
 from sqcompile.files import require_file
@@ -35,7 +37,10 @@ class NativeSession(Session):
     def __init__(self, model: _native.Model, threads: int) -> None:
         self.model = model
         self.signature = Signature.from_json(model.metadata)
+        self.threads = threads
         self.inner = _native.Session(model, threads, default_isa())
+        self._generators: dict[str, TextGenerator] = {}
+        self._turn = threading.RLock()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs and return flat outputs.
@@ -73,6 +78,85 @@ class NativeSession(Session):
             if name in layers:
                 found[name] = found.get(name, 0.0) + float(time_ns)
         return found
+
+    def generator(self, rows: int = 1, capacity: int = 2048, kv_cache: str = "float32") -> TextGenerator:
+        """Return a cache of its own for some texts, which are continued step by step.
+
+        Args:
+            rows: Texts.
+            capacity: Tokens that each may have; the model's own limit where that is less.
+            kv_cache: `float32` or `int8`.
+
+        Raises:
+            BackendError: If the model does not generate; it says why.
+        """
+        if not self.model.generates:
+            raise no_generation(self.model)
+        return TextGenerator(self.model, self.threads, rows, min(capacity, self.model.limit), kv_cache)
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        on_token: OnToken | None = None,
+        kv_cache: str = "float32",
+    ) -> Any:
+        """Continue prompts; see `Session.generate`."""
+        if not self.model.generates:
+            raise no_generation(self.model)
+        prompts = split_rows(input_ids, attention_mask)
+        with self._turn:
+            generator = self._generator_for(prompts, max_new_tokens, kv_cache)
+            found = generator.generate(
+                dict(enumerate(prompts)),
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eos_token_id=eos_token_id,
+                on_token=on_token,
+            )
+        new = [found[row] for row in range(len(prompts))]
+        if not isinstance(input_ids, (torch.Tensor, np.ndarray)):
+            return [[*map(int, prompt), *tokens] for prompt, tokens in zip(input_ids, new, strict=True)]
+        if pad_token_id is None:
+            ends = [eos_token_id] if isinstance(eos_token_id, int) else [*(eos_token_id or ()), 0]
+            pad_token_id = ends[0]
+        longest = max(map(len, new), default=0)
+        padded = [[*tokens, *[pad_token_id] * (longest - len(tokens))] for tokens in new]
+        before = torch.as_tensor(input_ids).to(torch.int64)
+        return torch.cat([before, torch.tensor(padded, dtype=torch.int64).reshape(len(new), longest)], 1)
+
+    def _generator_for(
+        self, prompts: Sequence[NDArray[np.int64]], max_new_tokens: int, kv_cache: str
+    ) -> TextGenerator:
+        """Return an empty generator with room for a call; it is kept for the next one."""
+        needed = max((len(prompt) for prompt in prompts), default=1) + max(max_new_tokens - 1, 0)
+        if needed > self.model.limit:
+            raise InputError(
+                "The text becomes longer than the model takes.",
+                where="input_ids and max_new_tokens",
+                seen=f"{needed} tokens before the last new one",
+                expected=f"at most {self.model.limit}",
+                next_step="shorten the prompt, or ask for fewer tokens",
+            )
+        generator = self._generators.get(kv_cache)
+        if generator is None or generator.rows < len(prompts) or generator.capacity < needed:
+            room = min(self.model.limit, max(256, 1 << (needed - 1).bit_length()))
+            self._generators.pop(kv_cache, None)
+            generator = TextGenerator(self.model, self.threads, max(len(prompts), 1), room, kv_cache)
+            self._generators[kv_cache] = generator
+        generator.reset()
+        return generator
 
     def _arrays(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
         return [

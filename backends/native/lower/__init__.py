@@ -2,12 +2,14 @@
 
 context.py      the plan under construction, and the table of how operators become steps
 shapes.py, elementwise.py, reductions.py, products.py, quantized.py    that table, by kind of operator
+generation.py   the plan that continues texts; positions.py: what it has to know
 linears.py      products with quantized weights; weights.py: their packed forms
 patterns.py     several operators that are one step
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 
 import torch
@@ -22,6 +24,7 @@ from sqcompile.backends.native.lower import (  # noqa: F401  (each registers its
     shapes,
 )
 from sqcompile.backends.native.lower.context import CHECKS, DTYPES, TABLE, Lowering, constant_nodes, is_size
+from sqcompile.backends.native.lower.generation import NoGenerationError, generation_of
 from sqcompile.backends.native.lower.patterns import find_patterns
 from sqcompile.backends.native.plan import Plan
 from sqcompile.errors import BackendError
@@ -90,8 +93,14 @@ def lower(program: Program) -> tuple[Plan, list[str]]:
         context.notes.append(
             f"{context.rounded} layers round their activations to 8 bits, with a scale for each row or group"
         )
-    context.plan.metadata = program.signature.to_json()
-    return context.plan.without_dead_steps(), context.notes
+    plan = context.plan.without_dead_steps()
+    metadata = json.loads(program.signature.to_json())
+    try:
+        plan.generation = generation_of(plan)
+    except NoGenerationError as error:
+        metadata["no_generation"] = str(error)
+    plan.metadata = json.dumps(metadata)
+    return plan, context.notes
 
 
 def _define_outputs(program: Program, context: Lowering) -> None:

@@ -17,6 +17,7 @@ namespace sqc::format {
 // As PNG's: a byte above 127 and both kinds of line ends, which transfers as text would change.
 constexpr unsigned char kMagic[8] = {0x89, 'S', 'Q', 'M', '\r', '\n', 0x1a, '\n'};
 constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersionWithGeneration = 2;  // has the sections from `generation` on
 
 constexpr std::uint64_t kSectionAlignment = 64;
 constexpr std::uint64_t kDataAlignment = 4096;
@@ -50,8 +51,20 @@ enum class SectionKind : std::uint32_t {
   tensors,      // Tensor: where each constant lies
   metadata,     // JSON text, for who wrote the file; the engine does not read it
   data,         // the bytes of the constants
+  // The plan that continues texts; strings, tensors and data serve both.
+  generation,   // one Generation
+  generation_symbols,
+  generation_code,
+  generation_sizes,
+  generation_values,
+  generation_lists,
+  generation_floats,
+  generation_operators,
+  generation_inputs,
+  generation_outputs,
 };
 constexpr std::uint32_t kSectionCount = 13;  // a file has each once, in this order
+constexpr std::uint32_t kSectionCountWithGeneration = 23;
 
 struct Section {
   std::uint32_t kind;
@@ -114,6 +127,13 @@ struct Port {
   std::uint32_t reserved;
 };
 static_assert(sizeof(Port) == 16);
+
+struct Generation {
+  std::int64_t limit;       // tokens that a row may have
+  std::int64_t vocabulary;  // tokens that can be looked up; 0: not known
+  std::uint8_t reserved[16];
+};
+static_assert(sizeof(Generation) == 32);
 
 struct Tensor {
   std::uint64_t offset;  // in the file; multiple of 64, from 16 KiB on of 4096

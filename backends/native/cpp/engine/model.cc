@@ -76,8 +76,12 @@ Status Model::from_bytes(Span<const std::uint8_t> bytes, std::shared_ptr<const M
 }
 
 Status Model::check(Span<const std::uint8_t> file) noexcept {
-  SQC_RETURN_IF_ERROR(read_plan(file, &plan_));
-  for (const format::Operator& step : plan_.operators) SQC_RETURN_IF_ERROR(check_packed_weights(plan_, step));
+  SQC_RETURN_IF_ERROR(read_plans(file, &plans_));
+  for (const format::Operator& step : plans_.plan.operators) SQC_RETURN_IF_ERROR(check_packed_weights(plans_.plan, step));
+  // The same weights mostly, but a file may have been written to deceive.
+  for (const format::Operator& step : plans_.generation.operators) {
+    SQC_RETURN_IF_ERROR(check_packed_weights(plans_.generation, step));
+  }
   return Status::ok();
 }
 

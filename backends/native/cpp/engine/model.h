@@ -25,13 +25,16 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  const Plan& plan() const noexcept { return plan_; }
+  const Plan& plan() const noexcept { return plans_.plan; }
+  // The plan that continues texts, or null.
+  const Plan* generation() const noexcept { return plans_.generates ? &plans_.generation : nullptr; }
+  const format::Generation& generation_settings() const noexcept { return plans_.settings; }
 
  private:
   Model() noexcept = default;
   Status check(Span<const std::uint8_t> file) noexcept;
 
-  Plan plan_;
+  Plans plans_;
   AlignedBuffer copy_;
   void* mapped_ = nullptr;
   std::size_t mapped_bytes_ = 0;

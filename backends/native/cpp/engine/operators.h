@@ -44,6 +44,8 @@ class Operands {
   const std::int64_t* sizes_;
 };
 
+class GenerationState;
+
 // For `prepare`, once for each set of sizes: inputs have shapes and strides, outputs have the plan's shapes
 // and contiguous strides. Nothing has data yet.
 class PrepareContext : public Operands {
@@ -51,6 +53,8 @@ class PrepareContext : public Operands {
   using Operands::Operands;
 
   int threads = 1;
+  // What the text so far has left behind; null where a whole call is computed at once.
+  const GenerationState* state = nullptr;
 
   // Output i is not computed: it shows elements of `base`, `offset` elements from its first one on. Its
   // strides are already set. An operator whose outputs are all views does not run.
@@ -68,6 +72,8 @@ class PrepareContext : public Operands {
 
   bool runs = true;
   bool checks_layouts = false;
+  // Output 0 is what is kept under this number; -1: it is a tensor like others. Its strides are already set.
+  std::int64_t state_number = -1;
   std::int64_t scratch_bytes = 0;
 };
 
@@ -77,12 +83,13 @@ struct Kernels;
 class RunContext : public Operands {
  public:
   RunContext(const Plan& plan, const format::Operator& step, Tensor* tensors, const std::int64_t* sizes,
-             ThreadPool& pool, const Kernels& kernels, std::uint8_t* scratch) noexcept
-      : Operands(plan, step, tensors, sizes), pool(pool), kernels(kernels), scratch(scratch) {}
+             ThreadPool& pool, const Kernels& kernels, std::uint8_t* scratch, const GenerationState* state) noexcept
+      : Operands(plan, step, tensors, sizes), pool(pool), kernels(kernels), scratch(scratch), state(state) {}
 
   ThreadPool& pool;
   const Kernels& kernels;
   std::uint8_t* scratch;  // aligned to 64 bytes
+  const GenerationState* state;
 };
 
 // Says why operands do not fit; the session adds which operator it was.

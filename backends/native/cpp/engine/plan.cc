@@ -30,14 +30,45 @@ bool inside(std::uint64_t offset, std::uint64_t bytes, std::uint64_t total) noex
 
 class Reader {
  public:
-  Reader(Span<const std::uint8_t> file, Plan* plan) noexcept : file_(file), plan_(*plan) {}
+  Reader(Span<const std::uint8_t> file, Plans* plans) noexcept : file_(file), plans_(*plans) {}
 
   Status read() noexcept {
     SQC_RETURN_IF_ERROR(header());
     SQC_RETURN_IF_ERROR(sections());
+    using Kind = format::SectionKind;
+    SQC_RETURN_IF_ERROR(table(Kind::strings, &plan_.strings));
+    SQC_RETURN_IF_ERROR(table(Kind::tensors, &plan_.tensors));
+    SQC_RETURN_IF_ERROR(table(Kind::metadata, &plan_.metadata));
+    plan_.file = file_.data();
+    SQC_RETURN_IF_ERROR(tensors());
+    plans_.generates = section_count() > format::kSectionCount;
+    if (plans_.generates) {
+      SQC_RETURN_IF_ERROR(settings());
+      SQC_RETURN_IF_ERROR(tables(Kind::generation_symbols, Kind::generation_operators));
+      plans_.generation = plan_;
+    }
+    SQC_RETURN_IF_ERROR(tables(Kind::symbols, Kind::operators));
+    plans_.plan = plan_;
+    return Status::ok();
+  }
+
+ private:
+  // The tables of one plan: those of symbols to floats, and those of operators, inputs and outputs.
+  Status tables(format::SectionKind first, format::SectionKind second) noexcept {
+    const auto behind = [](format::SectionKind kind, std::uint32_t places) {
+      return static_cast<format::SectionKind>(static_cast<std::uint32_t>(kind) + places);
+    };
+    SQC_RETURN_IF_ERROR(table(first, &plan_.symbols));
+    SQC_RETURN_IF_ERROR(table(behind(first, 1), &plan_.code));
+    SQC_RETURN_IF_ERROR(table(behind(first, 2), &plan_.sizes));
+    SQC_RETURN_IF_ERROR(table(behind(first, 3), &plan_.values));
+    SQC_RETURN_IF_ERROR(table(behind(first, 4), &plan_.lists));
+    SQC_RETURN_IF_ERROR(table(behind(first, 5), &plan_.floats));
+    SQC_RETURN_IF_ERROR(table(second, &plan_.operators));
+    SQC_RETURN_IF_ERROR(table(behind(second, 1), &plan_.inputs));
+    SQC_RETURN_IF_ERROR(table(behind(second, 2), &plan_.outputs));
     SQC_RETURN_IF_ERROR(symbols());
     SQC_RETURN_IF_ERROR(sizes());
-    SQC_RETURN_IF_ERROR(tensors());
     SQC_RETURN_IF_ERROR(values());
     SQC_RETURN_IF_ERROR(ports(plan_.inputs, "input"));
     SQC_RETURN_IF_ERROR(ports(plan_.outputs, "output"));
@@ -45,35 +76,45 @@ class Reader {
     return operators();
   }
 
- private:
+  Status settings() noexcept {
+    Span<const format::Generation> records;
+    SQC_RETURN_IF_ERROR(table(format::SectionKind::generation, &records));
+    if (records.size() != 1) return damaged("there are no settings of the generation");
+    plans_.settings = records[0];
+    if (records[0].limit < 1 || records[0].vocabulary < 0) return damaged("the settings of the generation are wrong");
+    return Status::ok();
+  }
+
+  std::uint32_t section_count() const noexcept { return header_.section_count; }
+
   Status header() noexcept {
     if (file_.size() < sizeof header_) return damaged("%zu bytes are less than a header", file_.size());
     std::memcpy(&header_, file_.data(), sizeof header_);
     if (std::memcmp(header_.magic, format::kMagic, sizeof header_.magic) != 0) {
       return Status::error(StatusCode::kDamaged, "this is no .sqm file: it does not begin as one");
     }
-    if (header_.version != format::kVersion) {
-      return Status::error(StatusCode::kUnsupported, "the file has version %u; this build reads version %u",
-                           header_.version, format::kVersion);
+    if (header_.version != format::kVersion && header_.version != format::kVersionWithGeneration) {
+      return Status::error(StatusCode::kUnsupported, "the file has version %u; this build reads versions %u to %u",
+                           header_.version, format::kVersion, format::kVersionWithGeneration);
     }
     if (header_.header_crc != crc32(file_.data(), 28)) return damaged("the header's checksum is wrong");
     if (header_.file_bytes != file_.size()) {
       return damaged("it has %zu bytes, and should have %llu", file_.size(), wide(header_.file_bytes));
     }
-    if (header_.section_count != format::kSectionCount) {
-      return damaged("%u sections instead of %u", header_.section_count, format::kSectionCount);
-    }
+    const std::uint32_t expected =
+        header_.version == format::kVersion ? format::kSectionCount : format::kSectionCountWithGeneration;
+    if (header_.section_count != expected) return damaged("%u sections instead of %u", header_.section_count, expected);
     return Status::ok();
   }
 
   Status sections() noexcept {
-    constexpr std::size_t bytes = format::kSectionCount * sizeof(format::Section);
+    const std::size_t bytes = section_count() * sizeof(format::Section);
     if (!inside(sizeof header_, bytes, file_.size())) return damaged("the table of sections is cut off");
     if (header_.sections_crc != crc32(file_.data() + sizeof header_, bytes)) {
       return damaged("the checksum of the table of sections is wrong");
     }
     std::memcpy(sections_, file_.data() + sizeof header_, bytes);
-    for (std::uint32_t i = 0; i < format::kSectionCount; ++i) {
+    for (std::uint32_t i = 0; i < section_count(); ++i) {
       const format::Section& section = sections_[i];
       if (section.kind != i) return damaged("section %u is of kind %u", i, section.kind);
       const bool data = i == static_cast<std::uint32_t>(format::SectionKind::data);
@@ -84,20 +125,6 @@ class Reader {
         return damaged("the checksum of section %u is wrong", i);
       }
     }
-    using Kind = format::SectionKind;
-    SQC_RETURN_IF_ERROR(table(Kind::strings, &plan_.strings));
-    SQC_RETURN_IF_ERROR(table(Kind::symbols, &plan_.symbols));
-    SQC_RETURN_IF_ERROR(table(Kind::code, &plan_.code));
-    SQC_RETURN_IF_ERROR(table(Kind::sizes, &plan_.sizes));
-    SQC_RETURN_IF_ERROR(table(Kind::values, &plan_.values));
-    SQC_RETURN_IF_ERROR(table(Kind::lists, &plan_.lists));
-    SQC_RETURN_IF_ERROR(table(Kind::floats, &plan_.floats));
-    SQC_RETURN_IF_ERROR(table(Kind::operators, &plan_.operators));
-    SQC_RETURN_IF_ERROR(table(Kind::inputs, &plan_.inputs));
-    SQC_RETURN_IF_ERROR(table(Kind::outputs, &plan_.outputs));
-    SQC_RETURN_IF_ERROR(table(Kind::tensors, &plan_.tensors));
-    SQC_RETURN_IF_ERROR(table(Kind::metadata, &plan_.metadata));
-    plan_.file = file_.data();
     return Status::ok();
   }
 
@@ -141,7 +168,7 @@ class Reader {
   }
 
   Status tensors() noexcept {
-    const format::Section& data = sections_[format::kSectionCount - 1];
+    const format::Section& data = sections_[static_cast<std::uint32_t>(format::SectionKind::data)];
     for (std::size_t i = 0; i < plan_.tensors.size(); ++i) {
       const format::Tensor& tensor = plan_.tensors[i];
       const std::uint64_t alignment =
@@ -259,9 +286,10 @@ class Reader {
   }
 
   Span<const std::uint8_t> file_;
-  Plan& plan_;
+  Plans& plans_;
+  Plan plan_;  // the one that is being read
   format::Header header_;
-  format::Section sections_[format::kSectionCount];
+  format::Section sections_[format::kSectionCountWithGeneration];
 };
 
 // Rounds towards minus infinity, as Python does.
@@ -278,7 +306,7 @@ bool floor_divide(std::int64_t a, std::int64_t b, std::int64_t* quotient, std::i
 
 }  // namespace
 
-Status read_plan(Span<const std::uint8_t> file, Plan* plan) noexcept { return Reader(file, plan).read(); }
+Status read_plans(Span<const std::uint8_t> file, Plans* plans) noexcept { return Reader(file, plans).read(); }
 
 Status evaluate_size(const Plan& plan, std::uint32_t size, const std::int64_t* symbols, std::int64_t* result) noexcept {
   std::int64_t stack[format::kMaxStack] = {};

@@ -31,10 +31,17 @@ struct Plan {
   }
 };
 
+// What a file holds: the plan for whole calls, and perhaps one that continues texts.
+struct Plans {
+  Plan plan, generation;
+  bool generates = false;
+  format::Generation settings = {};
+};
+
 // Reads and checks the whole file: sizes, checksums, every index and every number whose meaning is fixed by
 // the format. What a plan holds afterwards can be followed without further checks; that operators fit their
 // operands is for their `prepare` to say. `file` is aligned to 64 bytes and outlives the plan.
-Status read_plan(Span<const std::uint8_t> file, Plan* plan) noexcept;
+Status read_plans(Span<const std::uint8_t> file, Plans* plans) noexcept;
 
 // The value of a size, where `symbols` are given (null: none may occur in it). An error where it overflows
 // or divides by zero.

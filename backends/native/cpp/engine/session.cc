@@ -25,8 +25,21 @@ Status out_of_memory() noexcept { return Status::error(StatusCode::kOutOfMemory,
 
 Status Session::create(std::shared_ptr<const Model> model, int threads, Isa isa,
                        std::unique_ptr<Session>* result) noexcept {
+  const Plan& plan = model->plan();
+  return create(std::move(model), plan, threads, isa, nullptr, result);
+}
+
+Status Session::create_generation(std::shared_ptr<const Model> model, int threads, Isa isa, GenerationState* state,
+                                  std::unique_ptr<Session>* result) noexcept {
+  const Plan* plan = model->generation();
+  if (plan == nullptr) return Status::error(StatusCode::kUnsupported, "the model has no plan that continues texts");
+  return create(std::move(model), *plan, threads, isa, state, result);
+}
+
+Status Session::create(std::shared_ptr<const Model> model, const Plan& plan, int threads, Isa isa,
+                       GenerationState* state, std::unique_ptr<Session>* result) noexcept {
   try {
-    std::unique_ptr<Session> session(new Session(std::move(model), isa));
+    std::unique_ptr<Session> session(new Session(std::move(model), plan, isa, state));
     SQC_RETURN_IF_ERROR(ThreadPool::create(threads, &session->pool_));
     SQC_RETURN_IF_ERROR(session->find_symbols());
     *result = std::move(session);
@@ -38,7 +51,7 @@ Status Session::create(std::shared_ptr<const Model> model, int threads, Isa isa,
 
 // Each symbol is the size of some input's dimension.
 Status Session::find_symbols() noexcept {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   constexpr std::uint32_t unknown = format::kNone;
   sources_.assign(plan.symbols.size(), Source{unknown, 0});
   symbols_.assign(plan.symbols.size(), 0);
@@ -70,7 +83,7 @@ Status Session::run(Span<const InputView> inputs, std::vector<std::int64_t>* tim
   if (scratch_.size() < static_cast<std::size_t>(execution->scratch_bytes)) {
     SQC_RETURN_IF_ERROR(scratch_.allocate(static_cast<std::size_t>(execution->scratch_bytes)));
   }
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   for (Tensor& tensor : execution->tensors) {
     if (tensor.storage < 0) continue;  // a value that no operator defines or uses
     const Storage& storage = execution->storages[static_cast<std::size_t>(tensor.storage)];
@@ -78,7 +91,9 @@ Status Session::run(Span<const InputView> inputs, std::vector<std::int64_t>* tim
     switch (storage.kind) {
       case format::ValueKind::input: begin = static_cast<const std::uint8_t*>(inputs[storage.source].data); break;
       case format::ValueKind::constant: begin = plan.file + plan.tensors[storage.source].offset; break;
-      case format::ValueKind::computed: begin = arena_.data() + storage.offset; break;
+      case format::ValueKind::computed:
+        begin = storage.state < 0 ? arena_.data() + storage.offset : state_->tensor(storage.state, state_->rows[0].slot);
+        break;
     }
     // Only outputs are written to, and those lie in the arena.
     tensor.data = const_cast<std::uint8_t*>(begin + tensor.offset);
@@ -90,11 +105,11 @@ Status Session::run(Span<const InputView> inputs, std::vector<std::int64_t>* tim
 }
 
 const Tensor& Session::output(std::size_t i) const noexcept {
-  return current_->tensors[model_->plan().outputs[i].value];
+  return current_->tensors[plan_.outputs[i].value];
 }
 
 Status Session::bind(Span<const InputView> inputs) noexcept {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   if (inputs.size() != plan.inputs.size()) {
     return Status::error(StatusCode::kInvalidArgument, "%zu inputs were given; the model takes %zu", inputs.size(),
                          plan.inputs.size());
@@ -123,7 +138,7 @@ Status Session::bind(Span<const InputView> inputs) noexcept {
 }
 
 Status Session::check_inputs(Span<const InputView> inputs, const Execution& execution) noexcept {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const Tensor& expected = execution.tensors[plan.inputs[i].value];
     for (int d = 0; d < expected.rank; ++d) {
@@ -164,7 +179,7 @@ Status Session::find_execution(Execution** result) noexcept {
 }
 
 Status Session::prepare(Execution& e) {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   e.sizes.resize(plan.sizes.size());
   for (std::uint32_t i = 0; i < plan.sizes.size(); ++i) {
     SQC_RETURN_IF_ERROR(evaluate_size(plan, i, e.symbols.data(), &e.sizes[i]));
@@ -177,14 +192,14 @@ Status Session::prepare(Execution& e) {
     const auto kind = static_cast<format::ValueKind>(value.kind);
     if (kind == format::ValueKind::computed) continue;
     tensor.storage = static_cast<std::int32_t>(e.storages.size());
-    e.storages.push_back({kind, value.source, 0});
+    e.storages.push_back({kind, value.source, 0, -1});
   }
   return prepare_steps(e);
 }
 
 // Goes through the operators as a run does: gives each output its memory, or that of which it is a view.
 Status Session::prepare_steps(Execution& e) {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   std::vector<Lifetime> lifetimes(e.storages.size(), Lifetime{0, 0, 0, 0});
   const auto last_step = static_cast<std::int32_t>(plan.operators.size());
   for (std::int32_t s = 0; s < last_step; ++s) {
@@ -192,6 +207,7 @@ Status Session::prepare_steps(Execution& e) {
     const OperatorInfo& info = *find_operator(step.kind);
     PrepareContext context(plan, step, e.tensors.data(), e.sizes.data());
     context.threads = pool_->threads();
+    context.state = state_;
     for (int i = 0; i < context.inputs(); ++i) {
       if (context.has(i) && context.in(i).storage < 0) return located(misfit("input %d is not computed yet", i), plan, step);
     }
@@ -210,8 +226,8 @@ Status Session::prepare_steps(Execution& e) {
     for (int i = 0; i < context.outputs() && context.runs; ++i) {
       Tensor& out = context.out(i);
       out.storage = static_cast<std::int32_t>(e.storages.size());
-      e.storages.push_back({format::ValueKind::computed, 0, 0});
-      lifetimes.push_back({s, s, out.bytes(), 0});
+      e.storages.push_back({format::ValueKind::computed, 0, 0, i == 0 ? context.state_number : -1});
+      lifetimes.push_back({s, s, i == 0 && context.state_number >= 0 ? 0 : out.bytes(), 0});
     }
     if (context.runs) e.steps.push_back(static_cast<std::uint32_t>(s));
     for (int i = 0; i < context.inputs(); ++i) {
@@ -236,7 +252,7 @@ Status Session::prepare_steps(Execution& e) {
 }
 
 Status Session::run_steps(Execution& e, std::vector<std::int64_t>* times_ns) noexcept {
-  const Plan& plan = model_->plan();
+  const Plan& plan = plan_;
   try {
     if (times_ns != nullptr) times_ns->assign(plan.operators.size(), 0);
   } catch (const std::bad_alloc&) {
@@ -246,7 +262,7 @@ Status Session::run_steps(Execution& e, std::vector<std::int64_t>* times_ns) noe
   Clock::time_point begin = times_ns != nullptr ? Clock::now() : Clock::time_point();
   for (const std::uint32_t s : e.steps) {
     const format::Operator& step = plan.operators[s];
-    RunContext context(plan, step, e.tensors.data(), e.sizes.data(), *pool_, kernels_, scratch_.data());
+    RunContext context(plan, step, e.tensors.data(), e.sizes.data(), *pool_, kernels_, scratch_.data(), state_);
     const Status status = find_operator(step.kind)->run(context);
     if (!status.is_ok()) return located(status, plan, step);
     if (times_ns != nullptr) {

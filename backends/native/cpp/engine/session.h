@@ -10,6 +10,7 @@
 #include "base/aligned_buffer.h"
 #include "base/isa.h"
 #include "base/thread_pool.h"
+#include "engine/generation_state.h"
 #include "engine/kernels.h"
 #include "engine/model.h"
 #include "engine/tensor.h"
@@ -33,6 +34,10 @@ class Session {
   static Status create(std::shared_ptr<const Model> model, int threads, Isa isa,
                        std::unique_ptr<Session>* session) noexcept;
 
+  // The same for the plan that continues texts, whose past is in `state`; both outlive the session.
+  static Status create_generation(std::shared_ptr<const Model> model, int threads, Isa isa, GenerationState* state,
+                                  std::unique_ptr<Session>* session) noexcept;
+
   // Runs the model on one tensor for each input. Allocates only when it sees new sizes.
   Status run(Span<const InputView> inputs) noexcept { return run(inputs, nullptr); }
 
@@ -44,7 +49,7 @@ class Session {
   // Output `i` of the last successful run: contiguous, and valid until the next one.
   const Tensor& output(std::size_t i) const noexcept;
 
-  const Plan& plan() const noexcept { return model_->plan(); }
+  const Plan& plan() const noexcept { return plan_; }
   int threads() const noexcept { return pool_->threads(); }
   Isa isa() const noexcept { return kernels_.isa; }
   // Bytes of the memory that tensors share, as far as it was needed by now.
@@ -56,6 +61,7 @@ class Session {
     format::ValueKind kind;
     std::uint32_t source;   // of inputs and constants
     std::int64_t offset;    // in the arena, of what is computed
+    std::int64_t state;     // the number of what is kept, or -1
   };
   // Everything that follows from the sizes of one call.
   struct Execution {
@@ -67,7 +73,11 @@ class Session {
     std::uint64_t last_use = 0;
   };
 
-  Session(std::shared_ptr<const Model> model, Isa isa) noexcept : model_(std::move(model)), kernels_(isa) {}
+  Session(std::shared_ptr<const Model> model, const Plan& plan, Isa isa, GenerationState* state) noexcept
+      : model_(std::move(model)), plan_(plan), kernels_(isa), state_(state) {}
+
+  static Status create(std::shared_ptr<const Model> model, const Plan& plan, int threads, Isa isa,
+                       GenerationState* state, std::unique_ptr<Session>* session) noexcept;
 
   Status run(Span<const InputView> inputs, std::vector<std::int64_t>* times_ns) noexcept;
   Status find_symbols() noexcept;
@@ -79,7 +89,9 @@ class Session {
   Status run_steps(Execution& execution, std::vector<std::int64_t>* times_ns) noexcept;
 
   std::shared_ptr<const Model> model_;
+  const Plan& plan_;
   Kernels kernels_;
+  GenerationState* state_;
   std::unique_ptr<ThreadPool> pool_;
   // Which size of which input each symbol is.
   struct Source {

@@ -25,10 +25,13 @@ constexpr std::int64_t kLargestInput = 1 << 16;
 
 void seal(std::vector<std::uint8_t>& file) {
   format::Header header;
-  format::Section sections[format::kSectionCount];
-  if (file.size() < sizeof header + sizeof sections) return;
+  format::Section sections[format::kSectionCountWithGeneration] = {};
+  if (file.size() < sizeof header) return;
   std::memcpy(&header, file.data(), sizeof header);
-  std::memcpy(sections, file.data() + sizeof header, sizeof sections);
+  const std::size_t table_bytes =
+      (header.version == format::kVersion ? format::kSectionCount : format::kSectionCountWithGeneration) * sizeof(format::Section);
+  if (file.size() < sizeof header + table_bytes) return;
+  std::memcpy(sections, file.data() + sizeof header, table_bytes);
   const auto inside = [&](std::uint64_t offset, std::uint64_t bytes) {
     return offset <= file.size() && bytes <= file.size() - offset;
   };
@@ -45,8 +48,8 @@ void seal(std::vector<std::uint8_t>& file) {
     if (inside(section.offset, section.bytes)) section.crc = sqc::crc32(file.data() + section.offset, section.bytes);
   }
   header.file_bytes = file.size();
-  header.sections_crc = sqc::crc32(sections, sizeof sections);
-  std::memcpy(file.data() + sizeof header, sections, sizeof sections);
+  header.sections_crc = sqc::crc32(sections, table_bytes);
+  std::memcpy(file.data() + sizeof header, sections, table_bytes);
   header.header_crc = sqc::crc32(&header, 28);
   std::memcpy(file.data(), &header, sizeof header);
 }
