@@ -20,7 +20,7 @@ from sqcompile.program import Program
 from sqcompile.text import module_path
 
 # What may stand between a stored weight and the operator that uses it.
-_TRANSPARENT = frozenset({"mask", "quantize", "dequantize", "fake_quantize", "observe"})
+_TRANSPARENT = frozenset({"mask", "quantize", "dequantize", "lookup", "fake_quantize", "observe"})
 
 
 class Named(Protocol):

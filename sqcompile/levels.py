@@ -29,5 +29,5 @@ class Level(Enum):
 _ALLOWED = {
     Level.ATEN: frozenset({"mask"}),
     Level.OBSERVED: frozenset({"mask", "observe"}),
-    Level.QDQ: frozenset({"mask", "quantize", "dequantize", "dynamic_scale", "fake_quantize"}),
+    Level.QDQ: frozenset({"mask", "quantize", "dequantize", "lookup", "dynamic_scale", "fake_quantize"}),
 }

@@ -68,17 +68,31 @@ def stored_bits(program: Program) -> dict[str, float]:
     for node in program.compute_nodes():
         name = _operator(node)
         source = node.args[0] if node.args else None
-        if name == "dequantize" and isinstance(source, fx.Node) and source.op == "get_attr":
+        if name == "dequantize" and isinstance(source, fx.Node) and _is_stored(source):
             qmin, qmax = argument(node, 5), argument(node, 6)
             assert isinstance(qmin, int) and isinstance(qmax, int)
-            bits[str(source.target)] = width = (qmax - qmin).bit_length()
+            width = (qmax - qmin).bit_length()
+            if source.op == "get_attr":
+                bits[str(source.target)] = width
             zero = node.args[2]
             if isinstance(zero, fx.Node) and zero.op == "get_attr":
                 fixed = bool((program.tensor(zero) == middle_code(qmin, qmax)).all())
                 bits[str(zero.target)] = 0 if fixed else width
+        elif name == "lookup" and isinstance(source, fx.Node) and source.op == "get_attr":
+            levels = node.args[1]
+            assert isinstance(levels, fx.Node)
+            bits[str(source.target)] = (levels.meta["val"].numel() - 1).bit_length()
         elif name == "mask" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
             bits[str(node.args[1].target)] = 1
     return bits
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a node is a stored tensor, or a lookup of one."""
+    if _operator(node) == "lookup":
+        assert isinstance(node.args[0], fx.Node)
+        node = node.args[0]
+    return node.op == "get_attr"
 
 
 def weight_zeros(program: Program, layer: Layer) -> int:
@@ -96,13 +110,13 @@ def weight_zeros(program: Program, layer: Layer) -> int:
 
 
 def _auxiliary(program: Program) -> set[str]:
-    """Names of tensors that serve others: masks, scales, zero points."""
+    """Names of tensors that serve others: masks, scales, zero points, tables."""
     found: set[str] = set()
     for node in program.compute_nodes():
         name = _operator(node)
         if name in ("quantize", "dequantize", "fake_quantize"):
             served = node.args[1:3]
-        elif name == "mask":
+        elif name in ("mask", "lookup"):
             served = node.args[1:2]
         else:
             continue

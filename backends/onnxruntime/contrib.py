@@ -1,6 +1,8 @@
-"""ONNX Runtime's contrib operators that models may hold, described so that onnxscript can call them.
+"""Operators outside ONNX itself, described so that onnxscript can call them.
 
-Only what is used here: the schemas of the operators' domain ship with the runtime, not with onnx.
+ONNX Runtime's contrib operators, only those that are used here: the schemas of their domain ship with the
+runtime, not with onnx. And `LOOKUP`, which stands for two operators until the model has been exported: the
+exporter would evaluate those on constants, and store what comes out.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ DOMAIN = "com.microsoft"
 VERSION = 1
 
 _Schema = onnx.defs.OpSchema
+LOOKUP_DOMAIN = "sqcompile"
+
 _FLOAT, _CODES, _INDEX = "tensor(float)", "tensor(uint8)", "tensor(int64)"
 
 
@@ -67,4 +71,18 @@ GATHER_BLOCK_QUANTIZED = _operator(
         _parameter("zero_points", "C", optional=True),
     ],
     _integers("bits", "block_size", "gather_axis", "quantize_axis"),
+)
+
+LOOKUP = values.Op(
+    values.Opset(LOOKUP_DOMAIN, VERSION),
+    "Lookup",
+    _Schema(
+        "Lookup",
+        LOOKUP_DOMAIN,
+        VERSION,
+        inputs=[_parameter("codes", "C"), _parameter("levels", "L")],
+        outputs=[_parameter("y", "L")],
+        type_constraints=[("C", [_CODES], "indices"), ("L", ["tensor(int8)"], "levels")],
+        attributes=[],
+    ),
 )

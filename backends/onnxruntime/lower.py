@@ -36,6 +36,7 @@ def lower(program: Program) -> OnnxArtifact:
     selected, notes = select(program)
     model = _export(selected)
     cleanup.clean(model, program.signature, symbol_names(program))
+    weights.look_up_at_load(model)
     weights.dequantize_at_load(model)
     compact.store_few_bits(model)
     guarded = saturation.guard(model)

@@ -9,7 +9,7 @@ from torch import fx
 
 from sqcompile.quantization.format import storage_dtype
 
-_QUANTIZATION = frozenset({"quantize", "dequantize", "dynamic_scale", "fake_quantize", "mask"})
+_QUANTIZATION = frozenset({"quantize", "dequantize", "lookup", "dynamic_scale", "fake_quantize", "mask"})
 
 
 def reason_against(node: fx.Node) -> str | None:

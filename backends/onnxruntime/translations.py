@@ -12,7 +12,7 @@ import torch
 from onnxscript import opset21
 
 from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers torch.ops.sqcompile_ort
-from sqcompile.backends.onnxruntime.contrib import GATHER_BLOCK_QUANTIZED, MATMUL_NBITS
+from sqcompile.backends.onnxruntime.contrib import GATHER_BLOCK_QUANTIZED, LOOKUP, MATMUL_NBITS
 
 OPSET = 21
 """Standard operators: the first version with blocked DequantizeLinear and 4-bit integers."""
@@ -89,6 +89,11 @@ def global_average_pool(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
+def lookup(codes: Any, levels: Any) -> Any:
+    """Indices into a table, as one operator until the model is exported; see `weights.look_up_at_load`."""
+    return LOOKUP(codes, levels)
+
+
 def _granularity(axis: int | None, block_size: int | None) -> dict[str, int]:
     attributes: dict[str, int] = {}
     if axis is not None:
@@ -106,4 +111,5 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     ort.matmul_nbits.default: matmul_nbits,
     ort.gather_block_quantized.default: gather_block_quantized,
     ort.global_average_pool.default: global_average_pool,
+    torch.ops.sqcompile.lookup.default: lookup,
 }

@@ -9,18 +9,29 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from sqcompile.backends.onnxruntime.contrib import LOOKUP_DOMAIN
+
 _MOVES = frozenset({"Transpose", "Reshape"})
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def stored_root(value: ir.Value | None) -> ir.Value | None:
-    """Return the stored tensor that a value only casts or moves, or None."""
+    """Return the stored tensor that a value only casts, moves or looks up, or None."""
     while value is not None and value.const_value is None:
         producer = value.producer()
-        if producer is None or producer.op_type not in (*_MOVES, "Cast"):
+        if producer is None:
             return None
-        value = producer.inputs[0]
+        if producer.op_type == "Gather" and _is_stored(producer.inputs[0]):
+            value = producer.inputs[1]  # codes that are looked up in a table
+        elif producer.op_type in (*_MOVES, "Cast"):
+            value = producer.inputs[0]
+        else:
+            return None
     return value
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
 
 
 def takes_integers(node: ir.Node) -> bool:
@@ -41,6 +52,30 @@ def integer_users(node: ir.Node) -> list[ir.Node]:
     return found
 
 
+def look_up_at_load(model: ir.Model) -> int:
+    """Spell lookups in tables out as operators of ONNX; return how many.
+
+    ONNX Runtime evaluates them on constants when it loads the model. The file keeps the codes.
+    """
+    count = 0
+    for node in list(model.graph):
+        if (node.domain, node.op_type) != (LOOKUP_DOMAIN, "Lookup"):
+            continue
+        codes, levels = node.inputs
+        cast = ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{node.name}/Cast")
+        cast.outputs[0].name = f"{node.outputs[0].name}/codes"
+        gather = ir.node("Gather", [levels, cast.outputs[0]], name=f"{node.name}/Gather")
+        gather.outputs[0].name = f"{node.outputs[0].name}/levels"
+        for made, dtype in ((cast, ir.DataType.INT32), (gather, ir.DataType.INT8)):
+            made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, ir.TensorType(dtype)
+        model.graph.insert_before(node, [cast, gather])
+        ir.convenience.replace_all_uses_with(node.outputs[0], gather.outputs[0], replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        count += 1
+    model.opset_imports.pop(LOOKUP_DOMAIN, None)
+    return count
+
+
 def dequantize_at_load(model: ir.Model) -> int:
     """Let weights of floating-point kernels be dequantized once, when the model is loaded; return how many.
 
@@ -56,6 +91,9 @@ def dequantize_at_load(model: ir.Model) -> int:
             continue
         _spell_out(model.graph, node)
         count += 1
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]  # scales and zero points that were stored in another shape
     return count
 
 

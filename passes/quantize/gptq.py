@@ -8,16 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from sqcompile.layers import Layer, layers_of, select_layers
+from sqcompile.layers import Layer, layers_of, select_layers, stored_weight
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTensor
+from sqcompile.quantization.lookup import Fitted, fit
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
     forget_unused_promises,
     promised,
+    store_mapped_weight,
     store_weight,
     weight_scale,
     weight_tensor,
@@ -51,7 +53,8 @@ class GPTQ(Pass):
         static groups; pruning as Frantar and Alistarh 2023, arXiv 2301.00774 ("joint sparsification and quantization").
 
     Attributes:
-        weight: Format of weights: affine or symmetric, a scale a tensor, channel or group.
+        weight: Format of weights: affine or symmetric, a scale a tensor, channel or group; or a mapping, whose
+            table is fitted with the Hessian's diagonal as weights.
         search: Of scales: `minmax` covers every weight; `mse` has the least squared error.
         act_order: Treat columns with large inputs first; not together with pruning.
         dense_targets: Fit to what the layer makes in the dense model, not to what it would make of the inputs
@@ -153,7 +156,12 @@ class GPTQ(Pass):
         dense = weight_tensor(program, layer)
         promise = promised(program, layer.weight_value, layer.weight)
         wanted = target(dense, hessian)
-        scale, zero_point = weight_scale(wanted, format, self.search)
+        fitted = None
+        if format.mapping.is_linear:
+            scale, zero_point = weight_scale(wanted, format, self.search)
+        else:
+            fitted = fit(wanted, format, self.search, hessian.diagonal)
+            scale, zero_point = fitted.scale, torch.zeros_like(fitted.scale, dtype=torch.int32)
         order = None
         matrix = hessian.matrix
         if self.act_order and not self._prunes:
@@ -168,25 +176,27 @@ class GPTQ(Pass):
         swept = sweep(
             wanted,
             factor,
-            grid=_grid(scale, zero_point, format, dense.shape[1]),
+            grid=_grid(scale, zero_point, format, dense.shape[1], fitted),
             choose=chooser(self.pattern, self.sparsity or 0.0) if self._prunes else None,
             kept=None if promise is None else promise.mask,
             order=order,
             step=step,
             block=128 // step * step or step,
         )
-        return _Result(swept.weight, swept.mask if self._prunes else None, scale, zero_point, self.pattern)
+        mask = swept.mask if self._prunes else None
+        return _Result(swept.weight, mask, scale, zero_point, self.pattern, fitted)
 
 
 @dataclass(frozen=True)
 class _Result:
-    """A layer's new weight, its mask if it was pruned here, and its scales."""
+    """A layer's new weight, its mask if it was pruned here, its scales, and its table if it has one."""
 
     weight: Tensor
     mask: Tensor | None
     scale: Tensor
     zero_point: Tensor
     pattern: Pattern
+    fitted: Fitted | None = None
 
 
 def _unlike_grid(format: Format) -> str | None:
@@ -198,11 +208,12 @@ def _unlike_grid(format: Format) -> str | None:
     return f"is rounded to nearest: no sweep has a scale {granularity}"
 
 
-def _grid(scale: Tensor, zero_point: Tensor, format: Format, depth: int) -> Grid:
+def _grid(scale: Tensor, zero_point: Tensor, format: Format, depth: int, fitted: Fitted | None) -> Grid:
     group_size = format.granularity.size if isinstance(format.granularity, PerGroup) else depth
     rows = scale.reshape(-1, 1) if scale.dim() < 2 else scale
     shifts = zero_point.reshape(rows.shape)
-    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax)
+    levels = None if fitted is None else fitted.levels
+    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, levels)
 
 
 def _store(
@@ -215,16 +226,25 @@ def _store(
 ) -> None:
     value = layer.weight_value
     if (value, format) not in stored:
-        weight = weight_tensor(edit.program, layer) if result is None else result.weight
-        scale, zero_point = (
-            weight_scale(weight, format, search) if result is None else (result.scale, result.zero_point)
-        )
         with edit.before(layer.node):
-            node = store_weight(edit, value, layer.weight, weight, scale, zero_point, format)
+            node = _stored(edit, layer, format, result, search)
         if result is not None and result.mask is not None:
-            codes = node.args[0]
-            assert isinstance(codes, fx.Node)
+            codes = stored_weight(node)
+            assert codes is not None
             edit.program.sparsity[str(codes.target)] = Sparsity(result.mask, result.pattern)
         stored[value, format] = node
     assert layer.operator.weight is not None
     edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
+
+
+def _stored(edit: Rewriter, layer: Layer, format: Format, result: _Result | None, search: Search) -> fx.Node:
+    weight = weight_tensor(edit.program, layer) if result is None else result.weight
+    value = layer.weight_value
+    if not format.mapping.is_linear:
+        fitted = fit(weight, format, search) if result is None else result.fitted
+        assert fitted is not None
+        return store_mapped_weight(edit, value, layer.weight, weight, fitted, format)
+    scale, zero_point = (
+        weight_scale(weight, format, search) if result is None else (result.scale, result.zero_point)
+    )
+    return store_weight(edit, value, layer.weight, weight, scale, zero_point, format)

@@ -67,10 +67,14 @@ class InsertObservers(Pass):
             raise self.reject_option(
                 "weight", "a static format: a weight's scale is known when it is quantized"
             )
+        if not all(format.mapping.is_linear for format in weights):
+            raise self.reject_option("weight", "linear codes; tables: quantize-weights, or gptq")
         values = [
             self.activation,
             *(choice for _, choice in self.activation_formats if isinstance(choice, Format)),
         ]
+        if not all(format.mapping.is_linear for format in values):
+            raise self.reject_option("activation", "linear codes: tables are for weights")
         if any(format.dynamic or not isinstance(format.granularity, PerTensor) for format in values):
             raise self.reject_option(
                 "activation", "one static scale a tensor, as uint8:affine; dynamic: quantize-weights"

@@ -6,7 +6,7 @@ import operator
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sqcompile.layers import Layer, layers_of, select_layers
 from sqcompile.levels import Level
@@ -14,9 +14,11 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerChannel
+from sqcompile.quantization.lookup import fit
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
     forget_unused_promises,
+    store_mapped_weight,
     store_weight,
     weight_scale,
     weight_tensor,
@@ -43,9 +45,10 @@ class QuantizeWeights(Pass):
     Raises: InputError if a weight holds NaN or infinity.
 
     Attributes:
-        weight: Format of weights: `channel=0` means output channels, `group=n` groups along the inputs.
+        weight: Format of weights: `channel=0` means output channels, `group=n` groups along the inputs;
+            `mapping=nf` (NF4), `tanh`, `sigmoid`, `mu-law`, `log2` or `codebook` for codes that are no even steps.
         activation: Format of the data of linear layers, dynamic; None for weights only.
-        search: `minmax` covers every weight; `mse` has the least squared error.
+        search: Of scales: `minmax` covers every weight; `mse` has the least squared error.
         layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
         kinds: Kinds of layers to quantize (`linear`, `embedding`, `conv2d`); empty means all.
@@ -134,13 +137,18 @@ class QuantizeWeights(Pass):
             context.remark(layer.node, reason)
         value = layer.weight_value
         if (value, format) not in stored:
-            scale, zero_point = weight_scale(weight, format, self.search)
             with edit.before(layer.node):
-                stored[value, format] = store_weight(
-                    edit, value, layer.weight, weight, scale, zero_point, format
-                )
+                stored[value, format] = self._store(edit, layer, weight, format)
         assert layer.operator.weight is not None
         edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
+
+    def _store(self, edit: Rewriter, layer: Layer, weight: Tensor, format: Format) -> fx.Node:
+        value = layer.weight_value
+        if not format.mapping.is_linear:
+            fitted = fit(weight, format, self.search)
+            return store_mapped_weight(edit, value, layer.weight, weight, fitted, format)
+        scale, zero_point = weight_scale(weight, format, self.search)
+        return store_weight(edit, value, layer.weight, weight, scale, zero_point, format)
 
     def _quantize_data(
         self,

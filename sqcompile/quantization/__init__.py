@@ -12,12 +12,20 @@ from sqcompile.quantization.affine import (
 from sqcompile.quantization.format import (
     Format,
     Granularity,
-    Linear,
-    Mapping,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
+)
+from sqcompile.quantization.mappings import (
+    Codebook,
+    Linear,
+    Log2,
+    Mapping,
+    MuLaw,
+    NormalFloat,
+    Sigmoid,
+    Tanh,
 )
 from sqcompile.quantization.observers import (
     Fixed,
@@ -31,15 +39,19 @@ from sqcompile.quantization.observers import (
 )
 
 __all__ = [
+    "Codebook",
     "Fixed",
     "Format",
     "Granularity",
     "HistogramKL",
     "HistogramMSE",
     "Linear",
+    "Log2",
     "Mapping",
     "MinMax",
     "MovingAverage",
+    "MuLaw",
+    "NormalFloat",
     "Observer",
     "ObserverState",
     "PerChannel",
@@ -47,6 +59,8 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "Percentile",
+    "Sigmoid",
+    "Tanh",
     "dequantize",
     "fake_quantize",
     "least_weight_scale",

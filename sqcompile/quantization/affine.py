@@ -79,6 +79,16 @@ def dequantize(
     return values.to(dtype)
 
 
+def divide(x: Tensor, scale: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Return each value in steps of its scale, in float32.
+
+    Shapes: x [...]; scale as `scale_shape` says; result as x.
+    Raises: FormatError if the scale's shape does not fit.
+    """
+    check_shape(x, scale, axis, group_size)
+    return _divided(x, scale, _Blocks(x, axis, group_size))
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor,

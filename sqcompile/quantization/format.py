@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from sqcompile.errors import FormatError, did_you_mean
+from sqcompile.quantization.mappings import MAPPINGS, MOST_BITS, Linear, Mapping, parse_mapping
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -151,31 +152,12 @@ class PerToken(Granularity):
         return -1, -1
 
 
-class Mapping(ABC):
-    """What value a code stands for, before the scale: value = mapping(code - zero_point) * scale."""
-
-    word: ClassVar[str]
-
-    def __str__(self) -> str:
-        return self.word
-
-
-@dataclass(frozen=True)
-class Linear(Mapping):
-    """Evenly spaced values: mapping(code) = code. The only mapping of the affine operators."""
-
-    word: ClassVar[str] = "linear"
-
-
-_MAPPINGS: dict[str, type[Mapping]] = {Linear.word: Linear}
-
-
 @dataclass(frozen=True)
 class Format:
     """A number format: the codes, what they mean, and the granularity of their scale.
 
-    The text form is `int8`, `uint8:affine`, `int4:group=32`, `int8:channel=0`, `int8:token:dynamic`;
-    `Format.parse(str(format)) == format`.
+    The text form is `int8`, `uint8:affine`, `int4:group=32`, `int8:channel=0`, `int8:token:dynamic`,
+    `int4:group=32:mapping=nf`; `Format.parse(str(format)) == format`.
 
     Args:
         bits: Bits a code: 2 to 8, or 16.
@@ -184,10 +166,12 @@ class Format:
         granularity: How many values share one scale.
         dynamic: The scale is taken from the tensor at run time, not from calibration.
         narrow: Leave out the lowest code (int8: -127..127), so that negation is always exact.
-        mapping: The value of each code.
+        mapping: The value of each code; all but the linear one take tables of at most sixteen levels, with
+            codes from 0 on (`signed` changes nothing) and no zero point.
 
     Raises:
-        FormatError: No such number of bits, or scales per token that are not dynamic.
+        FormatError: No such number of bits, scales per token that are not dynamic, or a mapping that does not
+            go with the rest.
     """
 
     bits: int = 8
@@ -207,6 +191,22 @@ class Format:
                 seen=str(self),
                 expected=f"{self}:dynamic",
                 next_step="add 'dynamic', or choose another granularity",
+            )
+        if not self.mapping.is_linear:
+            self._check_table()
+
+    def _check_table(self) -> None:
+        seen = str(self)
+        if self.bits > MOST_BITS:
+            raise FormatError(
+                f"a table has at most {1 << MOST_BITS} levels", seen=seen, expected=f"2 to {MOST_BITS} bits"
+            )
+        if self.dynamic or self.narrow or not self.symmetric:
+            raise FormatError(
+                "a table goes with static, symmetric formats",
+                seen=seen,
+                expected=f"int{self.bits}:{self.granularity}:mapping={self.mapping}",
+                next_step="leave out 'affine', 'narrow' and 'dynamic'",
             )
 
     @property
@@ -242,6 +242,8 @@ class Format:
         codes = self.bits * prod(shape)
         if self.dynamic:
             return codes
+        if not self.mapping.is_linear:
+            codes += 8 << self.bits  # the table
         zero_point_bits = 0 if self.symmetric else self.bits
         return codes + prod(self.granularity.scale_shape(shape)) * (scale_bits + zero_point_bits)
 
@@ -258,7 +260,7 @@ class Format:
             words.append("affine")
         if self.narrow:
             words.append("narrow")
-        if not isinstance(self.mapping, Linear):
+        if not self.mapping.is_linear:
             words.append(f"mapping={self.mapping}")
         if self.dynamic:
             words.append("dynamic")
@@ -305,7 +307,7 @@ _FLAGS: dict[str, tuple[str, bool]] = {
     "dynamic": ("dynamic", True),
     "narrow": ("narrow", True),
 }
-_WORDS = (*_FLAGS, "tensor", "channel=0", "group=32", "token", "mapping=linear")
+_WORDS = (*_FLAGS, "tensor", "channel=0", "group=32", "token", "mapping=nf")
 
 
 def _parse(text: str) -> Format:
@@ -339,9 +341,9 @@ def _parse_word(word: str, text: str) -> tuple[str, object]:
         return "granularity", PerChannel(int(value))
     if name == "group" and (match := re.fullmatch(r"(\d+)(?:@(-?\d+))?", value)):
         return "granularity", PerGroup(int(match[1]), int(match[2] or -1))
-    if name == "mapping" and value in _MAPPINGS:
-        return "mapping", _MAPPINGS[value]()
-    valid = [f"mapping={mapping}" for mapping in _MAPPINGS] if name == "mapping" else _WORDS
+    if name == "mapping" and (mapping := parse_mapping(value)) is not None:
+        return "mapping", mapping
+    valid = [f"mapping={mapping}" for mapping in MAPPINGS] if name == "mapping" else _WORDS
     raise FormatError(
         f"no format has the word {word!r}",
         where=f"format {text!r}",

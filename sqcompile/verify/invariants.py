@@ -29,6 +29,7 @@ def check_quantization(program: Program) -> None:
     - The shapes of scale and zero point fit the axis and group size.
     - Σ |a| · |w| + |bias| < 2³¹ for every layer whose data (of 8 bits or less) and weight are codes,
       with a and w as steps from their zero points.
+    - Stored codes of a `lookup` are indices into its table.
     - Every `observe` node has an observer.
 
     Raises:
@@ -37,6 +38,8 @@ def check_quantization(program: Program) -> None:
     for node in program.compute_nodes():
         if _is(node, "quantize", "dequantize", "fake_quantize"):
             _check_parameters(program, node)
+        elif _is(node, "lookup"):
+            _check_lookup(program, node)
         elif _is(node, "observe") and str(argument(node, 1)) not in program.observers:
             raise VerifyError(
                 "An observe node has no observer.",
@@ -143,6 +146,24 @@ def _check_parameters(program: Program, node: fx.Node) -> None:
         _set_checked(node, "codes_checked", [codes], f"{qmin}:{qmax}")
 
 
+def _check_lookup(program: Program, node: fx.Node) -> None:
+    codes, levels = (constant_value(program, item) for item in node.args if isinstance(item, fx.Node))
+    if codes is None or levels is None or codes.numel() == 0:
+        return
+    if _is_checked(node, "codes_checked", [codes, levels], ""):
+        return
+    low, high = (int(bound) for bound in codes.aminmax())
+    if low < 0 or high >= levels.numel():
+        raise VerifyError(
+            "Stored codes are out of their table.",
+            where=locate(node),
+            seen=f"{low} to {high}",
+            expected=f"0 to {levels.numel() - 1}",
+            next_step="store what sqcompile.quantization.lookup.encode returns for this table",
+        )
+    _set_checked(node, "codes_checked", [codes, levels], "")
+
+
 def _parameter(program: Program, node: object) -> torch.Tensor | None:
     """Return a scale or zero point, or None if it is made at run time."""
     if not isinstance(node, fx.Node):
@@ -219,7 +240,8 @@ def _widest(program: Program, node: fx.Node) -> int:
 
 def _largest_sum(program: Program, layer: Layer, weight: fx.Node) -> int:
     """Return the largest sum of |code − zero point| over the weights of one output."""
-    codes = program.tensor(layer.weight)
+    codes = _parameter(program, argument(weight, 0))
+    assert codes is not None
     scale, zero_point = (_parameter(program, argument(weight, position)) for position in (1, 2))
     if scale is None or zero_point is None:  # parameters that depend on the inputs
         return codes.numel() // codes.shape[layer.operator.out_axis] * _widest(program, weight)

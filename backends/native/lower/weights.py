@@ -38,6 +38,7 @@ class StoredWeight:
         zero_point: [N, groups], as stored.
         scale: [N, groups].
         group_size: Inputs that share a scale; K for one scale an output.
+        table: Level of each code, where codes are no even steps; then lowest and zero points are 0.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredWeight:
     scale: NDArray[np.float32]
     zero_point: NDArray[np.int32]
     group_size: int
+    table: NDArray[np.int8] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +57,9 @@ class StoredWeight:
 
     @property
     def values(self) -> NDArray[np.int16]:
-        """Codes minus zero points."""
+        """Codes minus zero points, or the levels of the codes."""
+        if self.table is not None:
+            return self.table[self.codes].astype(np.int16)
         zeros = np.repeat(self.zero_point, self.group_size, axis=1)[:, : self.codes.shape[1]]
         return (self.codes - zeros).astype(np.int16)
 
@@ -94,7 +98,12 @@ def stored_weight(context: Lowering, node: fx.Node, outputs_axis: int) -> Stored
         or tensor_of(node).dim() != 2
     ):
         return None
-    parts = [context.constant(node_argument(node, position)) for position in range(3)]
+    source = node_argument(node, 0)
+    table = None
+    if source.target is sq.lookup.default:
+        table = context.constant(node_argument(source, 1))
+        source = node_argument(source, 0)
+    parts = [context.constant(item) for item in (source, node_argument(node, 1), node_argument(node, 2))]
     if any(part is None for part in parts):
         return None
     codes, scale, zero_point = (part.numpy() for part in parts if part is not None)
@@ -115,13 +124,14 @@ def stored_weight(context: Lowering, node: fx.Node, outputs_axis: int) -> Stored
     else:
         return None
     return StoredWeight(
-        name=str(node_argument(node, 0).target),
+        name=str(source.target),
         codes=matrix,
-        lowest=how.qmin,
-        highest=how.qmax,
+        lowest=how.qmin if table is None else 0,
+        highest=how.qmax if table is None else table.numel() - 1,
         scale=np.ascontiguousarray(scales, np.float32),
         zero_point=np.ascontiguousarray(zeros, np.int32),
         group_size=max(group_size, 1),
+        table=None if table is None else table.numpy(),
     )
 
 
@@ -205,6 +215,8 @@ def _pack_4bit(
     # One zero point for all is a shift of the table; others are subtracted group by group.
     shift = int(zeros.flat[0]) if zeros.size and (zeros == zeros.flat[0]).all() else None
     table = np.clip(np.arange(16) + weight.lowest - (shift or 0), -127, 127).astype(np.int8)
+    if weight.table is not None:
+        table[: len(weight.table)] = weight.table
     half = _fits_half(scale)
     if shift is not None:
         keep = table[codes] != 0

@@ -184,3 +184,30 @@ def test_layers_that_share_an_activation_quantize_it_once(lower: Lower, load: Lo
         names = [name for name, _ in load(lower(program)).model.steps]
         assert names.count("quantize_rows") == 1
         assert sum(name.startswith("linear_q") for name in names) == 3
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.6])
+@pytest.mark.parametrize(
+    "text", ["int4:group=32:mapping=nf", "int3:channel=0:mapping=codebook", "int4:mapping=tanh@1.5"]
+)
+def test_tables_run_on_the_kernels_of_their_bits(text: str, zeros: float, lower: Lower, load: Load) -> None:
+    """Products of levels with codes of the activation: those of linear codes, with another table."""
+    torch.manual_seed(0)
+    model = nn.Linear(96, 64).eval()
+    with torch.no_grad():
+        model.weight.mul_(torch.rand(64, 96) >= zeros)
+    x = values(5, 96)
+    program = trace(model, (x,))
+    PassManager([QuantizeWeights(weight=Format.parse(text))]).run(program, PassContext())
+    session = load(lower(program))
+    assert ("linear_q4_sparse" if zeros else "linear_q4") in {name for name, _ in session.model.steps}
+    with torch.no_grad():
+        (result,), (expected,) = session.run([x]), program.run([x])
+    # Activations are rounded to 8 bits by groups: 1/254 of a group's largest value at most.
+    assert float((result - expected).norm() / expected.norm()) < 0.01
+    rows = values(5, 96).sign() * torch.randint(0, 128, (5, 96), generator=torch.Generator().manual_seed(4))
+    rows[:, ::32] = 127.0  # each group's scale is 1, so its codes are the values themselves
+    with torch.no_grad():
+        (result,), (expected,) = session.run([rows]), program.run([rows])
+    # What is left are the weight's scales, which the kernels keep to 11 bits.
+    assert float((result - expected).norm() / expected.norm()) < 2**-11

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,10 @@ from torch.nn import functional
 
 from sqcompile.backends.onnxruntime.artifact import OnnxArtifact
 from sqcompile.backends.onnxruntime.session import OnnxSession
+from sqcompile.passes import QuantizeWeights
+from sqcompile.pipeline import PassContext, PassManager
 from sqcompile.program import Program
+from sqcompile.quantization import Format
 from sqcompile.tracing import trace
 
 Lower = Callable[[Program], OnnxArtifact]
@@ -360,3 +364,34 @@ def test_codes_flow_through_moves(quantizer: Any, lower: Lower, load: Load, opti
     found = optimized(artifact)
     assert found["QLinearConv"] == found["QGemm"] == 1 and not found["DequantizeLinear"]
     torch.testing.assert_close(load(artifact)(x), program(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mapping", ["nf", "codebook"])
+@pytest.mark.parametrize("granularity", ["group=32", "channel=0"])
+def test_tables_are_looked_up_at_load(mapping: str, granularity: str, lower: Lower, load: Load) -> None:
+    """Half a byte a weight in the file, and floating-point products at run time: equal to the reference."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 64), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    ids = torch.tensor([[3, 0, 11], [7, 7, 1]])
+    program = trace(model, (ids,))
+    item = QuantizeWeights(weight=Format.parse(f"int4:{granularity}:mapping={mapping}"))
+    PassManager([item]).run(program, PassContext())
+    artifact = lower(program)
+    kinds = [node.op_type for node in artifact.model.graph]
+    assert kinds.count("MatMul") == 2 and "Lookup" not in kinds
+    dtypes = {
+        value.dtype for name, value in artifact.model.graph.initializers.items() if name.endswith("codes")
+    }
+    assert dtypes == {ir.DataType.UINT4}
+    assert set(artifact.model.opset_imports) <= {"", "com.microsoft"}
+    # float32 in another order of operations
+    torch.testing.assert_close(load(artifact)(ids), program(ids).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_scales_in_another_shape_are_stored_once(quantizer: Any, lower: Lower) -> None:
+    """A scale that became a factor beside its weight is not left in the file as well."""
+    torch.manual_seed(0)
+    program = trace(nn.Embedding(64, 64).eval(), (torch.tensor([1, 2]),))
+    quantizer.weights(program, "int8:group=6")
+    graph = lower(program).model.graph
+    assert all(value.uses() or value.is_graph_output() for value in graph.initializers.values())

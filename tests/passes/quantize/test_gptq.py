@@ -34,7 +34,9 @@ def compiled(item: Pass, model: nn.Module | None = None) -> tuple[Program, float
     program = trace(model or chain(), (data[0],), dynamic_shapes=({0: Dim("rows")},))
     wanted = [program(x) for x in data[8:]]
     PassManager([item]).run(program, PassContext(calibration=Calibration(data[:8], program.signature)))
-    return program, sum(float((program(x) - y).square().sum()) for x, y in zip(data[8:], wanted, strict=True))
+    with torch.no_grad():
+        pairs = zip(data[8:], wanted, strict=True)
+        return program, sum(float((program(x) - y).square().sum()) for x, y in pairs)
 
 
 def test_stores_codes() -> None:
@@ -67,6 +69,40 @@ def test_is_better_than_rounding_to_nearest(text: str) -> None:
     format = Format.parse(text)
     nearest = compiled(QuantizeWeights(weight=format, search="mse"))[1]
     assert compiled(GPTQ(weight=format))[1] < 0.7 * nearest
+
+
+@pytest.mark.parametrize(
+    "text", ["int3:group=8:mapping=codebook", "int4:channel=0:mapping=nf", "int2:mapping=tanh"]
+)
+def test_tables_are_better_than_rounding_to_nearest(text: str) -> None:
+    format = Format.parse(text)
+    nearest = compiled(QuantizeWeights(weight=format, search="mse"))[1]
+    program, loss = compiled(GPTQ(weight=format))
+    assert loss < 0.7 * nearest
+    assert program.tensor("0.weight_levels").numel() == 1 << format.bits
+    assert program.tensor("0.weight_codes").dtype == torch.uint8
+
+
+def test_a_table_is_fitted_to_what_the_hessian_weighs() -> None:
+    """Inputs of which half are a hundred times larger: their weights decide where the levels lie."""
+    large = torch.cat([torch.full((8,), 100.0), torch.ones(8)])
+    data = [x * large for x in batches(16)]
+    format = Format.parse("int2:channel=0:mapping=codebook")
+    tables = []
+    for inputs in (data, [x / large.square() for x in data]):
+        program = trace(chain(), (inputs[0],), dynamic_shapes=({0: Dim("rows")},))
+        context = PassContext(calibration=Calibration(inputs, program.signature))
+        PassManager([GPTQ(weight=format)]).run(program, context)
+        tables.append(program.tensor("0.weight_levels"))
+    assert not torch.equal(*tables)
+
+
+def test_tables_and_pruning_in_one_sweep() -> None:
+    program, _ = compiled(GPTQ(weight=Format.parse("int4:group=8:mapping=nf"), sparsity=0.5))
+    assert set(program.sparsity) == {"0.weight_codes", "2.weight_codes"}
+    assert {promise.sparsity for promise in program.sparsity.values()} == {0.5}
+    for node in calls(program, DEQUANTIZE):
+        assert float((program_value(program, node) == 0).float().mean()) >= 0.5
 
 
 def test_each_option_matters() -> None:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sqcompile import Program, trace
-from sqcompile.errors import InputError, PassOptionError, SelectionError
+from sqcompile.errors import InputError, PassOptionError, SelectionError, VerifyError
 from sqcompile.evaluate import constant_value
 from sqcompile.layers import layers_of
 from sqcompile.passes import ApplyMasks, MaskWeights, QuantizeWeights
 from sqcompile.pipeline import PassRecord, parse_pass
+from sqcompile.pipeline.manager import verify_program
 from sqcompile.quantization import Format, affine
 from sqcompile.sparsity import Pattern
 from sqcompile.statistics import program_size
@@ -347,3 +348,67 @@ def test_patterns_that_match_nothing_name_the_nearest() -> None:
         run([QuantizeWeights(layers=("hiden",))], program)
     with pytest.raises(SelectionError, match=r"(?s)The pattern 'hed' matches no layer.*head"):
         run([QuantizeWeights(formats=(("hed", "float"),))], program)
+
+
+def test_stores_indices_into_a_table() -> None:
+    model = settled(nn.Linear(8, 4))
+    checked = check_pass(
+        QuantizeWeights(weight=Format.parse("int3:group=4:mapping=nf")),
+        model,
+        (values(2, 8),),
+        expected="""
+            program (level qdq)
+              input  %input_1: f32[2, 8]
+              tensor @0.weight_zero_point: i32[4, 2]
+              tensor @0.weight_scale: f32[4, 2]
+              tensor @0.weight_levels: i8[8]
+              tensor @0.weight_codes: u8[4, 8]
+              tensor @0.bias: f32[4]
+              %lookup: i8[4, 8] = lookup(@0.weight_codes, @0.weight_levels)
+              %dequantize: f32[4, 8] = dequantize(%lookup, @0.weight_scale, @0.weight_zero_point, axis=-1, \
+group_size=4, qmin=-127, qmax=127)
+              %linear: f32[2, 4] = linear(%input_1, %dequantize, @0.bias)
+              return output=%linear
+        """,
+        idempotent=False,
+    )
+    # 3 bits a code, a scale of 32 bits for 4 of them, a table of 8 bytes, a bias of 16
+    assert program_size(checked.after).size_bytes == 12 + 32 + 8 + 16
+
+
+@pytest.mark.parametrize("mapping", ["nf", "tanh", "sigmoid", "mu-law", "log2", "codebook"])
+def test_tables_keep_the_zeros_of_masks(mapping: str) -> None:
+    format = Format.parse(f"int4:group=8:mapping={mapping}")
+    program = trace(settled(nn.Linear(16, 8)), (values(2, 16),))
+    run([MaskWeights(sparsity=0.5), QuantizeWeights(weight=format)], program)
+    (promise,) = program.sparsity.values()
+    assert set(program.sparsity) == {"0.weight_codes"} and promise.sparsity == 0.5
+    (weight,) = weights(program).values()
+    assert not bool(weight[~promise.mask].any())
+
+
+def test_finer_tables_where_weights_are_heavy_tailed() -> None:
+    """What tables are for: most weights are small, and linear steps are as wide there as anywhere."""
+    layer = nn.Linear(256, 64)
+    with torch.no_grad():
+        layer.weight.copy_(values(64, 256) * values(64, 256, seed=1).abs())
+    dense = layer.weight.detach().clone()
+    losses = {}
+    for word in ("linear", "nf", "codebook"):
+        format = Format.parse("int4:channel=0" + ("" if word == "linear" else f":mapping={word}"))
+        program = trace(nn.Sequential(layer), (values(2, 256),))
+        run([QuantizeWeights(weight=format, search="mse")], program)
+        (weight,) = weights(program).values()
+        losses[word] = float((weight - dense).square().sum())
+    assert losses["codebook"] < losses["nf"] < 0.7 * losses["linear"]
+
+
+def test_codes_outside_of_their_table_are_found() -> None:
+    program, _ = quantize(
+        nn.Sequential(nn.Linear(8, 4)), values(2, 8), weight=Format.parse("int3:mapping=nf")
+    )
+    verify_program(program)
+    program.set_tensor("0.weight_codes", torch.full((4, 8), 8, dtype=torch.uint8))
+    with pytest.raises(VerifyError, match="Stored codes are out of their table") as caught:
+        verify_program(program)
+    assert "0 to 7" in str(caught.value)

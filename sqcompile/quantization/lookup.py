@@ -1,0 +1,206 @@
+"""Codes that are indices into a table of levels: encoding, decoding, and fitting table and scale.
+
+Scales cover groups of values as those of affine codes do; `sqcompile.quantization.mappings` has the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sqcompile.errors import InputError
+from sqcompile.quantization import affine
+from sqcompile.quantization.affine import Search
+from sqcompile.quantization.format import Format
+from sqcompile.quantization.mappings import LARGEST_LEVEL, Codebook, Mapping
+
+# Of normalized weights, for choosing a table: four a level.
+_BINS = 1024
+
+# Scales tried for each group, from covering its largest value down to a fifth of that.
+_SCALES = 32
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table and the scales that belong to it.
+
+    Attributes:
+        mapping: The mapping with its parameters chosen.
+        levels: Level of each code, int8 [2**bits].
+        scale: float32, as `format.granularity.scale_shape`.
+    """
+
+    mapping: Mapping
+    levels: Tensor
+    scale: Tensor
+
+
+def lookup(codes: Tensor, levels: Tensor) -> Tensor:
+    """Return the level of each code. Shapes: codes [...], levels [2**bits]; result as codes."""
+    return levels[codes.long()]
+
+
+def encode(steps: Tensor, levels: Tensor) -> Tensor:
+    """Return the code of the nearest level, the lower of two equally near.
+
+    Args:
+        steps: Values divided by their scale, [...].
+        levels: Ascending, [2**bits].
+
+    Returns:
+        uint8 codes, [...].
+    """
+    exact = levels.float()
+    return torch.bucketize(steps, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
+
+
+def fit(
+    weight: Tensor, format: Format, search: Search = "minmax", importance: Tensor | None = None
+) -> Fitted:
+    """Choose table and scales for a tensor.
+
+    Open parameters of the mapping, and a codebook, are chosen for the whole tensor by the least squared
+    error, each value weighted by its importance. Scales: `minmax` covers every value; `mse` has the least
+    squared error group by group, among candidates down to a fifth of that.
+
+    Args:
+        weight: The tensor.
+        format: Its format; the mapping is not linear.
+        search: Of scales.
+        importance: Weight of each value's squared error, broadcast to `weight`: of the columns of a linear
+            layer, the diagonal of its Hessian; None weighs all alike.
+
+    Raises:
+        InputError: If a value is NaN or infinite.
+        FormatError: If the mapping has no table of so many bits.
+    """
+    finite = weight.isfinite()
+    if not bool(finite.all()):
+        raise InputError(
+            "a tensor to quantize is not finite",
+            seen=f"{int((~finite).sum())} of {weight.numel()} values are NaN or infinite",
+            next_step="mend the model's weights first; their origin is often a diverged training run",
+        )
+    weight = weight.detach().float()
+    errors = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
+    widest = _widest_scale(weight, format)
+    mapping = _choose(weight, widest, format, errors)
+    scale = widest
+    if search == "mse":
+        scale = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
+        if mapping != format.mapping:  # the table was chosen for other scales
+            mapping = _choose(weight, scale, format, errors)
+            scale = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
+    return Fitted(mapping, mapping.levels(format.bits).to(weight.device), scale)
+
+
+def _widest_scale(weight: Tensor, format: Format) -> Tensor:
+    low, high = affine.block_range(weight, *format.granularity.pair)
+    scale = torch.maximum(-low, high).clamp(min=0).float() / LARGEST_LEVEL
+    return torch.where(scale == 0, 1.0, scale.clamp(min=affine.SMALLEST_SCALE))
+
+
+def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> Mapping:
+    """Return the mapping whose table has the least error with these scales."""
+    candidates = format.mapping.candidates()
+    fitted = isinstance(format.mapping, Codebook) and format.mapping.table is None
+    if len(candidates) == 1 and not fitted:
+        return format.mapping
+    centers, counts = _histogram(weight, scale, format, errors)
+    if fitted:
+        return Codebook(_means(centers, counts, 1 << format.bits))
+
+    def loss(mapping: Mapping) -> float:
+        levels = mapping.levels(format.bits)
+        return float(((lookup(encode(centers, levels), levels) - centers).square() * counts).sum())
+
+    return min(candidates, key=loss)
+
+
+def _histogram(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return middles of bins over the range of levels, and the summed weight of errors in each."""
+    axis, group_size = format.granularity.pair
+    steps = affine.divide(weight, scale, axis, group_size).clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
+    # An error of a step is one of `scale` in the weight.
+    squared = affine.divide(torch.ones_like(weight), 1 / scale.square(), axis, group_size)
+    width = 2 * LARGEST_LEVEL / _BINS
+    bins = ((steps + LARGEST_LEVEL) / width).long().clamp(max=_BINS - 1)
+    counts = torch.bincount(bins.flatten(), weights=(errors * squared).double().flatten(), minlength=_BINS)
+    centers = (torch.arange(_BINS, dtype=torch.float64, device=weight.device) + 0.5) * width - LARGEST_LEVEL
+    return centers, counts
+
+
+def _means(centers: Tensor, counts: Tensor, size: int) -> tuple[int, ...]:
+    """Return the levels, zero among them, that represent a histogram with the least squared error.
+
+    Values on a line are split best into runs of neighbours, so dynamic programming over the bins finds the
+    best of all tables: `least[z][j]` is the error of the first j bins with so many levels, z of them zero.
+
+    Source: Wang and Song 2011, "Ckmeans.1d.dp: optimal k-means clustering in one dimension by dynamic
+    programming", R Journal 3(2); the run that zero represents is an addition.
+    """
+    x, c = centers.cpu().numpy(), counts.cpu().numpy()
+    mass, first, second = (np.concatenate([[0.0], np.cumsum(c * x**power)]) for power in range(3))
+
+    def between(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return sums[None, :] - sums[:, None]  # [i, j]: bins i to j
+
+    masses, firsts, around_zero = between(mass), between(first), between(second)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        around_mean = around_zero - np.where(masses > 0, firsts**2 / masses, 0.0)
+    order = np.tri(len(x) + 1, dtype=bool).T  # a run may be empty, and ends no sooner than it starts
+    around_mean = np.where(order, np.maximum(around_mean, 0.0), np.inf)
+    around_zero = np.where(order, around_zero, np.inf)
+    start = np.full(len(x) + 1, np.inf)
+    start[0] = 0.0
+    least = [start, np.full(len(x) + 1, np.inf)]
+    choices = []
+    for _ in range(size):
+        plain, after_zero, zero = (
+            before[:, None] + cost
+            for before, cost in ((least[0], around_mean), (least[1], around_mean), (least[0], around_zero))
+        )
+        takes_zero = zero.min(0) < after_zero.min(0)
+        choices.append(
+            (plain.argmin(0), np.where(takes_zero, zero.argmin(0), after_zero.argmin(0)), takes_zero)
+        )
+        least = [plain.min(0), np.minimum(zero.min(0), after_zero.min(0))]
+    levels = []
+    end, with_zero = len(x), True
+    for from_plain, from_any, takes_zero in reversed(choices):
+        begin = int((from_any if with_zero else from_plain)[end])
+        if with_zero and takes_zero[end]:
+            with_zero = False
+            levels.append(0.0)
+        elif mass[end] > mass[begin]:
+            levels.append((first[end] - first[begin]) / (mass[end] - mass[begin]))
+        else:
+            levels.append(0.0)  # a run of no values
+        end = begin
+    return tuple(sorted(int(level) for level in np.rint(levels)))
+
+
+def _best_scale(weight: Tensor, widest: Tensor, levels: Tensor, format: Format, errors: Tensor) -> Tensor:
+    least = _squared_error(weight, widest, levels, format, errors)
+    best = widest
+    for step in range(1, _SCALES + 1):
+        scale = (widest * (1 - 0.8 * step / _SCALES)).clamp(min=affine.SMALLEST_SCALE)
+        error = _squared_error(weight, scale, levels, format, errors)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scale, best)
+    return best
+
+
+def _squared_error(weight: Tensor, scale: Tensor, levels: Tensor, format: Format, errors: Tensor) -> Tensor:
+    """Return the weighted squared error of each group, as the scale."""
+    axis, group_size = format.granularity.pair
+    codes = encode(affine.divide(weight, scale, axis, group_size), levels)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    restored = affine.dequantize(lookup(codes, levels), scale, zero, axis, group_size)
+    return affine.reduce_blocks((restored - weight).square() * errors, axis, group_size, torch.sum)

@@ -1,0 +1,281 @@
+"""Mappings: what value each code stands for, before the scale.
+
+A code of a non-linear mapping is an index into a table of levels, whole numbers from -127 to 127, and its
+value is `level · scale`. So one lookup decodes every mapping, and integer kernels, which multiply levels,
+run all of them as fast as linear codes. Zero is a level of every table: pruned weights stay exactly zero.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sqcompile.errors import FormatError
+
+LARGEST_LEVEL = 127
+"""Levels fit int8, and so do their negatives."""
+
+MOST_BITS = 4
+"""Bits of the longest table: sixteen levels fill a vector register, which is where kernels look them up."""
+
+
+class Mapping(ABC):
+    """What value a code stands for, before the scale."""
+
+    word: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.word
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether values are evenly spaced, so that no table is needed."""
+        return False
+
+    def candidates(self) -> tuple[Mapping, ...]:
+        """Return the mappings that fitting chooses from: this one, unless a parameter is left open."""
+        return (self,)
+
+    def values(self, bits: int) -> Tensor:
+        """Return the value of each code, ascending, -1 the least and 1 the greatest: float64 [2**bits]."""
+        raise FormatError(f"the mapping {self} has no table")
+
+    def levels(self, bits: int) -> Tensor:
+        """Return the level of each code: `values` as multiples of 1/127, int8 [2**bits].
+
+        Raises:
+            FormatError: The table would have more than sixteen entries.
+        """
+        if bits > MOST_BITS:
+            raise FormatError(
+                f"the mapping {self} has no table of {bits} bits",
+                expected=f"2 to {MOST_BITS} bits",
+                next_step="use linear codes: with more bits they leave nothing to gain",
+            )
+        return (self.values(bits) * LARGEST_LEVEL).round().to(torch.int8)
+
+
+@dataclass(frozen=True)
+class Linear(Mapping):
+    """Evenly spaced values: value(code) = code - zero_point. The mapping of the affine operators."""
+
+    word: ClassVar[str] = "linear"
+
+    @property
+    def is_linear(self) -> bool:
+        """True."""
+        return True
+
+
+class _Companding(Mapping):
+    """Evenly spaced codes, expanded by an odd function that keeps -1, 0 and 1 where they are."""
+
+    def values(self, bits: int) -> Tensor:
+        """Return the expanded codes."""
+        return self._expand(_even(bits))
+
+    @abstractmethod
+    def _expand(self, u: Tensor) -> Tensor:
+        """Return the value of each evenly spaced code in -1..1."""
+
+
+@dataclass(frozen=True)
+class Tanh(_Companding):
+    """Codes are even in tanh(s·x): value(u) = atanh(u · tanh(s)) / s, finer around zero the larger s is.
+
+    Attributes:
+        s: Steepness; None lets fitting choose it, tensor by tensor.
+    """
+
+    s: float | None = None
+    word: ClassVar[str] = "tanh"
+
+    def __post_init__(self) -> None:
+        _check_parameter(self, "s", self.s)
+
+    def __str__(self) -> str:
+        return _spelled(self.word, self.s)
+
+    def candidates(self) -> tuple[Mapping, ...]:
+        """Return steepnesses from almost linear to 99.99 % of the codes' range at one sixth of the values'."""
+        return (self,) if self.s is not None else tuple(replace(self, s=s) for s in _geometric(0.25, 5.0))
+
+    def _expand(self, u: Tensor) -> Tensor:
+        s = torch.tensor(self.s or 1.0, dtype=torch.float64)
+        return torch.atanh(u * torch.tanh(s)) / s
+
+
+@dataclass(frozen=True)
+class Sigmoid(_Companding):
+    """Codes are even in σ(s·x): value(u) = logit((1 + u · (2σ(s) - 1)) / 2) / s.
+
+    Since 2σ(s·x) - 1 = tanh(s·x / 2), it is `Tanh` with half the steepness.
+
+    Attributes:
+        s: Steepness; None lets fitting choose it, tensor by tensor.
+    """
+
+    s: float | None = None
+    word: ClassVar[str] = "sigmoid"
+
+    def __post_init__(self) -> None:
+        _check_parameter(self, "s", self.s)
+
+    def __str__(self) -> str:
+        return _spelled(self.word, self.s)
+
+    def candidates(self) -> tuple[Mapping, ...]:
+        """Return twice the steepnesses of `Tanh`."""
+        return (self,) if self.s is not None else tuple(replace(self, s=s) for s in _geometric(0.5, 10.0))
+
+    def _expand(self, u: Tensor) -> Tensor:
+        s = torch.tensor(self.s or 2.0, dtype=torch.float64)
+        return torch.logit((1 + u * (2 * torch.sigmoid(s) - 1)) / 2) / s
+
+
+@dataclass(frozen=True)
+class MuLaw(_Companding):
+    """Codes are even in the logarithm: value(u) = sign(u) · ((1 + μ)^|u| - 1) / μ.
+
+    Source: ITU-T G.711, where μ = 255.
+
+    Attributes:
+        mu: How much finer codes are around zero; None lets fitting choose it, tensor by tensor.
+    """
+
+    mu: float | None = None
+    word: ClassVar[str] = "mu-law"
+
+    def __post_init__(self) -> None:
+        _check_parameter(self, "mu", self.mu)
+
+    def __str__(self) -> str:
+        return _spelled(self.word, self.mu)
+
+    def candidates(self) -> tuple[Mapping, ...]:
+        """Return factors from almost linear to that of telephony."""
+        if self.mu is not None:
+            return (self,)
+        return tuple(replace(self, mu=mu) for mu in _geometric(0.25, 255.0))
+
+    def _expand(self, u: Tensor) -> Tensor:
+        mu = self.mu or 255.0
+        return u.sign() * ((1 + mu) ** u.abs() - 1) / mu
+
+
+@dataclass(frozen=True)
+class Log2(Mapping):
+    """Zero and powers of two: ±1, ±1/2, ±1/4, … as far as the codes go."""
+
+    word: ClassVar[str] = "log2"
+
+    def values(self, bits: int) -> Tensor:
+        """Return half of the codes below zero, the others from zero on."""
+        half = 1 << (bits - 1)
+        powers = 2.0 ** -torch.arange(half, dtype=torch.float64)
+        return torch.cat([-powers, torch.zeros(1, dtype=torch.float64), powers[: half - 1].flip(0)])
+
+
+@dataclass(frozen=True)
+class NormalFloat(Mapping):
+    """Quantiles of the normal distribution: each code is as frequent as any other where weights are normal.
+
+    With 4 bits this is NF4, its values to a multiple of 1/127.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E, which has the numbers of 4 bits.
+    """
+
+    word: ClassVar[str] = "nf"
+
+    def values(self, bits: int) -> Tensor:
+        """Return 2**(bits - 1) - 1 values below zero, zero, and 2**(bits - 1) above it."""
+        codes = 1 << bits
+        last = 1 - (1 / (2 * codes) + 1 / (2 * (codes - 1))) / 2
+        half = codes // 2
+        above = torch.special.ndtri(torch.linspace(last, 0.5, half + 1, dtype=torch.float64)[:-1])
+        below = torch.special.ndtri(torch.linspace(last, 0.5, half, dtype=torch.float64)[:-1])
+        values = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
+        return torch.div(values, above[0])
+
+
+@dataclass(frozen=True)
+class Codebook(Mapping):
+    """A table that is fitted to each tensor, by weighted k-means; zero is one of its levels.
+
+    Attributes:
+        table: The levels, ascending; None before fitting.
+    """
+
+    table: tuple[int, ...] | None = None
+    word: ClassVar[str] = "codebook"
+
+    def values(self, bits: int) -> Tensor:
+        """Return the fitted table."""
+        if self.table is None:
+            raise FormatError(
+                "a codebook has no values before it is fitted",
+                next_step="fit it to a tensor: sqcompile.quantization.lookup.fit",
+            )
+        return torch.tensor(self.table, dtype=torch.float64) / LARGEST_LEVEL
+
+
+MAPPINGS: dict[str, type[Mapping]] = {
+    kind.word: kind for kind in (Linear, Tanh, Sigmoid, MuLaw, Log2, NormalFloat, Codebook)
+}
+
+_PARAMETER = {Tanh.word: "s", Sigmoid.word: "s", MuLaw.word: "mu"}
+
+
+def parse_mapping(text: str) -> Mapping | None:
+    """Return the mapping of `tanh`, `tanh@2.5` and the like; None if there is none of that name.
+
+    Raises:
+        FormatError: A parameter that is no positive number, or that this mapping has not.
+    """
+    name, at, number = text.partition("@")
+    if name not in MAPPINGS:
+        return None
+    if not at:
+        return MAPPINGS[name]()
+    parameter = _PARAMETER.get(name)
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if parameter is None or not value > 0:
+        raise FormatError(
+            f"the mapping {name} takes no parameter {number!r}",
+            expected=name if parameter is None else f"{name}@{parameter} with a positive number",
+        )
+    return MAPPINGS[name](**{parameter: value})
+
+
+def _even(bits: int) -> Tensor:
+    """Return evenly spaced codes from -1 to 1 with zero among them; one more below zero than above."""
+    below, above = 1 << (bits - 1), (1 << (bits - 1)) - 1
+    return torch.cat(
+        [
+            -torch.arange(below, 0, -1, dtype=torch.float64) / below,
+            torch.arange(above + 1, dtype=torch.float64) / max(above, 1),
+        ]
+    )
+
+
+def _geometric(first: float, last: float, count: int = 32) -> list[float]:
+    """Return numbers in equal ratios, to six digits, so that their text says all of them."""
+    return [float(f"{first * (last / first) ** (index / (count - 1)):.6g}") for index in range(count)]
+
+
+def _check_parameter(mapping: Mapping, name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
+        raise FormatError(
+            f"the mapping {mapping.word} takes no {name} of {value}", expected=f"a positive {name}"
+        )
+
+
+def _spelled(word: str, parameter: float | None) -> str:
+    return word if parameter is None else f"{word}@{parameter:g}"
