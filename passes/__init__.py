@@ -34,7 +34,7 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
-from sqcompile.passes.train import FineTune, PruneGradually, TrainQuantized
+from sqcompile.passes.train import FineTune, PruneGradually, TrainQuantized, TrainSparse
 
 __all__ = [
     "GPTQ",
@@ -61,6 +61,7 @@ __all__ = [
     "RemoveNoops",
     "SparseGPT",
     "TrainQuantized",
+    "TrainSparse",
     "Wanda",
     "pipelines",
 ]

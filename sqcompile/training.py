@@ -87,7 +87,7 @@ class Trainable(nn.Module):
             for name, tensor in twin.tensors():
                 self._add(name, tensor)
         plain = twin.snapshot()
-        _switch(twin)
+        self._switch(twin)
         self._build = _builder({False: plain, True: twin})
         self._modes, self._watched = self._build(()), tuple[str, ...]()
         self._told: Callable[[dict[str, Tensor]], None] | None = None
@@ -149,6 +149,10 @@ class Trainable(nn.Module):
                 masked = edit.call(torch.ops.sqcompile.mask.default, reader, mask, like=reader)
             edit.replace(reader, masked, only=lambda user, bare=bare: user in bare)  # type: ignore[misc]
         edit.finish()
+
+    def _switch(self, twin: Program) -> None:
+        """Let the operators of the copy that know two modes act as in training."""
+        _switch(twin)
 
 
 def train_program(
