@@ -34,7 +34,7 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
-from sqcompile.passes.train import FineTune, PruneGradually, TrainQuantized, TrainSparse
+from sqcompile.passes.train import FineTune, PruneGradually, TrainAdapters, TrainQuantized, TrainSparse
 
 __all__ = [
     "GPTQ",
@@ -60,6 +60,7 @@ __all__ = [
     "RemoveNeurons",
     "RemoveNoops",
     "SparseGPT",
+    "TrainAdapters",
     "TrainQuantized",
     "TrainSparse",
     "Wanda",

@@ -2,7 +2,8 @@
 
 from sqcompile.passes.train.fine_tune import FineTune
 from sqcompile.passes.train.prune_gradually import PruneGradually
+from sqcompile.passes.train.train_adapters import TrainAdapters
 from sqcompile.passes.train.train_quantized import TrainQuantized
 from sqcompile.passes.train.train_sparse import TrainSparse
 
-__all__ = ["FineTune", "PruneGradually", "TrainQuantized", "TrainSparse"]
+__all__ = ["FineTune", "PruneGradually", "TrainAdapters", "TrainQuantized", "TrainSparse"]
