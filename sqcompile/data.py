@@ -163,6 +163,19 @@ def read_arrays(path: Path, array: str | None, expected: ExpectedInputs) -> dict
         CalibrationError: If names, shapes or lengths do not fit the model.
     """
     where = f"data file '{path}'"
+    named = expected.assign(load_arrays(path, array), where)
+    _check_lengths(named, where)
+    expected.check_shapes(named, where)
+    return named
+
+
+def load_arrays(path: Path, array: str | None = None) -> dict[str, Any]:
+    """Return the arrays of a `.npz` file by name, or the one of a `.npy` file or of a name under "".
+
+    Raises:
+        FileError: If it is damaged, or holds Python objects.
+        CalibrationError: If there is no array of that name.
+    """
     try:
         # Mapped, so that a file larger than memory can be read batch by batch.
         loaded = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix == ".npy" else None)
@@ -177,12 +190,10 @@ def read_arrays(path: Path, array: str | None, expected: ExpectedInputs) -> dict
         ) from error
     if array is not None:
         if array not in arrays:
+            where = f"data file '{path}'"
             raise _name_error(f"'{path}' holds no array '{array}'.", where, array, list(arrays))
         arrays = {"": arrays[array]}
-    named = expected.assign(arrays, where)
-    _check_lengths(named, where)
-    expected.check_shapes(named, where)
-    return named
+    return arrays
 
 
 def as_tensor(values: Any, wanted: torch.dtype | None, name: str) -> torch.Tensor:

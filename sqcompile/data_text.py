@@ -34,6 +34,22 @@ def read_text(
         FileError: If the text is no UTF-8, or there is no tokenizer.
         CalibrationError: If there is no text, or the model takes no tokens.
     """
+    texts = read_texts(path)
+    tokens_input = "input_ids" if "input_ids" in expected.names else expected.names[0]
+    tokenizer = load_tokenizer(file.tokenizer, source)
+    context = file.context or expected.traced_size(tokens_input, 1) or DEFAULT_CONTEXT
+    if _takes_pieces(tokenizer, expected):
+        return _pieces(texts, tokenizer, context, expected, tokens_input, path)
+    return _padded(texts, tokenizer, context, expected, path)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Return the texts of a file.
+
+    Raises:
+        FileError: If it is no UTF-8.
+        CalibrationError: If it holds none.
+    """
     texts = split_texts(_read(path))
     if not texts:
         raise CalibrationError(
@@ -43,12 +59,7 @@ def read_text(
             expected="one text a line, or texts separated by blank lines",
             next_step="write texts that look like those in use",
         )
-    tokens_input = "input_ids" if "input_ids" in expected.names else expected.names[0]
-    tokenizer = load_tokenizer(file.tokenizer, source)
-    context = file.context or expected.traced_size(tokens_input, 1) or DEFAULT_CONTEXT
-    if _takes_pieces(tokenizer, expected):
-        return _pieces(texts, tokenizer, context, expected, tokens_input, path)
-    return _padded(texts, tokenizer, context, expected, path)
+    return texts
 
 
 def split_texts(text: str) -> list[str]:

@@ -10,6 +10,7 @@ from sqcompile import __version__
 from sqcompile.cli.bench import bench
 from sqcompile.cli.compare import compare
 from sqcompile.cli.compile import compile_model
+from sqcompile.cli.evaluate import evaluate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
 
@@ -44,4 +45,5 @@ app.command("compile")(compile_model)
 app.command("passes")(passes)
 app.command("inspect")(inspect_model)
 app.command("compare")(compare)
+app.command("evaluate")(evaluate)
 app.command("bench")(bench)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sqcompile.signature import Signature
 
 
+_ARTIFACTS = (".onnx", ".sqm")
+
 _MADE_UP = "there is no data: the inputs are made up"
 
 
@@ -84,7 +86,7 @@ def data_file(options: Mapping[str, Any]) -> DataFile | None:
 
 
 def open_subject(name: str, feed: Feed, threads: int | None = None) -> Subject:
-    """Open an artifact (`.onnx`, or the folder with it) or a model.
+    """Open an artifact (`.onnx`, `.sqm`, or the folder with it) or a model.
 
     Raises:
         Error: If it cannot be opened, or its inputs are not known.
@@ -127,11 +129,9 @@ def open_artifact(name: str, path: Path, feed: Feed, threads: int | None) -> Sub
     Raises:
         Error: If it cannot be loaded.
     """
-    from sqcompile.api import load
-    from sqcompile.cli.foreign import ForeignSession, is_ours
     from sqcompile.input_spec import example_call
 
-    session = load(path, threads=threads) if is_ours(path) else ForeignSession(path, threads)
+    session = open_session(path, threads)
     if feed.batches is not None:
         return Subject(name, session.signature, feed.batches, session=session, path=path)
     if feed.data is not None:
@@ -148,13 +148,25 @@ def open_artifact(name: str, path: Path, feed: Feed, threads: int | None) -> Sub
     return Subject(name, session.signature, [call], [_MADE_UP], session=session, path=path)
 
 
+def open_session(path: Path, threads: int | None) -> Session:
+    """Load an artifact, ours or of another tool.
+
+    Raises:
+        Error: If it cannot be loaded.
+    """
+    from sqcompile.api import load
+    from sqcompile.cli.foreign import ForeignSession, is_ours
+
+    ours = path.suffix != ".onnx" or is_ours(path)
+    return load(path, threads=threads) if ours else ForeignSession(path, threads)
+
+
 def artifact_file(name: str) -> Path | None:
-    """Return the file of an artifact that ONNX Runtime runs: itself, or the one in a folder."""
+    """Return the file of an artifact that a runtime runs: itself, or the one in a folder."""
     path = Path(name)
     if path.is_dir():
-        path = path / "model.onnx"
-        return path if path.is_file() else None
-    return path if path.suffix == ".onnx" else None
+        return next((file for kind in _ARTIFACTS if (file := path / f"model{kind}").is_file()), None)
+    return path if path.suffix in _ARTIFACTS else None
 
 
 def flat_batches(subject: Subject, batches: Iterable[Any]) -> list[list[Any]]:
