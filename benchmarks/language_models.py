@@ -29,13 +29,23 @@ from rich.table import Table
 
 import sqcompile
 from sqcompile.evaluation import perplexity
-from sqcompile.passes import GPTQ, ApplyMasks, FoldQDQ, MaskWeights, SparseGPT, Wanda, pipelines
+from sqcompile.passes import (
+    GPTQ,
+    ApplyMasks,
+    FoldQDQ,
+    MaskWeights,
+    QuantizeWeights,
+    SparseGPT,
+    Wanda,
+    pipelines,
+)
 from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.sparsity import Pattern
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 Passes = list[sqcompile.Pass]
 HEAD = ("lm_head",)
+MAPPINGS = ("tanh", "mu-law", "log2", "nf", "codebook")
 EIGHT_BITS = (("kind:embedding", pipelines.INT8_WEIGHT), ("kind:head", pipelines.INT8_WEIGHT))
 
 
@@ -100,6 +110,7 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
     yield "dense", {"dense": []}
     for bits in (4, 3):
         weight = Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(32))
+        tables = {word: Format.parse(f"int{bits}:group=32:mapping={word}") for word in MAPPINGS}
         yield (
             f"{bits} bits",
             {
@@ -107,6 +118,16 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 "round to nearest, ranges by MSE": pipelines.weight_only(bits=bits, search="mse"),
                 "GPTQ": rounded(GPTQ(weight=weight, formats=EIGHT_BITS, dense_targets=False)),
                 "GPTQ, dense targets": rounded(GPTQ(weight=weight, formats=EIGHT_BITS)),
+                **{
+                    f"round to nearest, {word}": rounded(
+                        QuantizeWeights(weight=table, search="mse", formats=EIGHT_BITS)
+                    )
+                    for word, table in tables.items()
+                },
+                **{
+                    f"GPTQ, dense targets, {word}": rounded(GPTQ(weight=table, formats=EIGHT_BITS))
+                    for word, table in tables.items()
+                },
             },
         )
     for sparsity, pattern in ((0.5, Pattern()), (None, Pattern.parse("2:4")), (0.7, Pattern())):
