@@ -25,6 +25,7 @@ from sqcompile.metrics import Distance, output_distance
 from sqcompile.models import folder_dynamic_shapes, load_model, model_name
 from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, parse_pipeline
 from sqcompile.pipeline.manager import Instrument, Verify, check_order, check_verify
+from sqcompile.pretrained import Pretrained, refuse_others, save_pretrained
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Report, environment, layer_rows
@@ -99,6 +100,27 @@ class Compiled:
         """
         return save_compiled(self, Path(path))
 
+    def save_pretrained(self, path: str | Path) -> list[Path]:
+        """Write the compiled program as a Hugging Face folder, for a model of transformers that only got smaller.
+
+        The configuration gets the new numbers of layers, heads and neurons, so that `from_pretrained` reads the
+        folder. It is read back, and has to compute what the program does.
+
+        Args:
+            path: The folder.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            PretrainedError: If the class cannot hold the program, as when layers have not lost alike; the text
+                names the layer. A `.pt2` file can (`save`).
+            FileError: If it cannot be written.
+        """
+        if self._pretrained is None:
+            raise refuse_others(self.report.model)
+        return save_pretrained(self.program, self.original, self._pretrained, Path(path), self._check_batch)
+
     def measure(self, *args: Any, runs: int = 30, threads: int | None = None, **kwargs: Any) -> Report:
         """Measure latency, dense against compiled, and add it to the report.
 
@@ -114,6 +136,7 @@ class Compiled:
         return measure_latency(self, inputs, runs=runs, threads=threads)
 
     _check_batch: Sequence[Any] = ()
+    _pretrained: Pretrained | None = None
     source: str | Path | None = None
 
 
@@ -283,6 +306,7 @@ def compile(
     compiled = Compiled(program, original, target, artifact, session, report)
     compiled._check_batch = check_batch[0] if check_batch else ()
     compiled.source = model if isinstance(model, (str, Path)) else None
+    compiled._pretrained = Pretrained.of(loaded, model)
     return compiled
 
 

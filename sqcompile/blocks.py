@@ -75,7 +75,8 @@ def remove_block(edit: Any, block: Block) -> None:
         edit: The rewriter.
         block: The block.
     """
-    for node, shortcut in block.sums:
+    # The last sum first: what used it uses the one before it then, and passes on with that one's users.
+    for node, shortcut in reversed(block.sums):
         edit.replace(node, shortcut)
 
 

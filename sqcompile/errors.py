@@ -187,6 +187,15 @@ class BackendError(Error):
     """
 
 
+class PretrainedError(Error):
+    """A program cannot be saved as a Hugging Face folder, because its class cannot make layers like these.
+
+    - Layers have not lost alike: remove with `scope=layer`, from all layers; the text names one that differs.
+    - The class derives the width of heads from their number: remove neurons or whole layers instead.
+    - Save a `.pt2` file, which holds any program and trains further.
+    """
+
+
 class FileError(Error):
     """A file cannot be read or written; nothing is left half-written.
 

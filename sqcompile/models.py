@@ -137,7 +137,7 @@ def _load_folder(path: Path) -> nn.Module:
             next_step=did_you_mean(name, [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
         )
     try:
-        with _without_progress_bars(transformers):
+        with without_progress_bars():
             model, loaded = kind.from_pretrained(
                 path, dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
@@ -165,8 +165,10 @@ def _load_folder(path: Path) -> nn.Module:
 
 
 @contextmanager
-def _without_progress_bars(transformers: Any) -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing bars into output that is not its own."""
+    import transformers
+
     settings = transformers.utils.logging
     shown = settings.is_progress_bar_enabled()
     settings.disable_progress_bar()

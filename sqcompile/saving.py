@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,12 +91,19 @@ def _save_folder(compiled: Compiled, path: Path) -> list[Path]:
         with atomic_file(folder / "report.json") as file:
             file.write_text(compiled.report.to_json(), encoding="utf-8")
         if compiled.source is not None and Path(compiled.source).is_dir():
-            _copy_companions(Path(compiled.source), folder)
+            copy_companions(Path(compiled.source), folder)
         names = sorted(item.relative_to(folder) for item in folder.rglob("*") if item.is_file())
     return [path / name for name in names]
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path, leave: Sequence[str] = ()) -> None:
+    """Copy what a folder of Hugging Face has beside its weights.
+
+    Args:
+        source: The folder.
+        folder: Where the copies go.
+        leave: Files not to copy.
+    """
     for name in _COMPANIONS:
-        if (source / name).is_file():
+        if name not in leave and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -107,6 +107,15 @@ def test_random_blocks_are_those_of_the_seed() -> None:
     assert removed(item) == removed(item)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "vit"])
+def test_nothing_of_a_removed_block_is_left_but_norms_on_the_way(name: str) -> None:
+    shrunk, result = remove(RemoveLayers(ratio=0.5, importance="last"), zoo_program(name))
+    (block,) = result.facts["removed"]
+    left = [key for key, _ in shrunk.tensors() if key.startswith(f"{block}.")]
+    assert all("norm" in key.lower() for key in left)
+    assert name == "bert" or not left
+
+
 def test_a_pattern_without_a_block_is_refused() -> None:
     with pytest.raises(SelectionError, match=r"layers\.9"):
         removed(RemoveLayers(blocks=("layers.9",)))
