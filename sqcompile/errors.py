@@ -129,6 +129,16 @@ class PassOptionError(PassError):
     exit_code = 2
 
 
+class ChannelGroupError(PassError):
+    """What was named to shrink cannot: something outside of it depends on its size.
+
+    - The model returns it: leave the layer out, or give it a layer of its own before the output.
+    - The code takes positions by number (`x[:, 3]`, `x.view(8, -1)` of a mixed dimension): write sizes from `x.shape`.
+    - A norm takes statistics over it: remove neurons or heads inside the block instead.
+    - `sqcompile.channels.find_groups(program)` prints every group, and why some cannot shrink.
+    """
+
+
 class PassContractError(PassError):
     """A pass broke its contract: it misreported a change, wrote into a tensor, or returned the wrong thing.
 

@@ -20,8 +20,8 @@ class RemoveChannels(Removal):
     Rejects: channels that the model returns or takes, that a layer or group norm takes statistics over, that
         are looked up by number, or that enter an operator which nothing is known about; each with a remark.
     Raises: PassOptionError for options that contradict each other or are out of range, and for a budget that
-        cannot be met; SelectionError for patterns that match no layer; CalibrationError where data is needed
-        and there is none.
+        cannot be met; SelectionError for patterns that match no layer; ChannelGroupError where nothing of what
+        they match can go; CalibrationError where data is needed and there is none.
     Source: Fang et al. 2023 (groups); Li et al. 2017 (norms); He et al. 2017 (least squares).
 
     Attributes:

@@ -17,8 +17,8 @@ class RemoveHeads(Removal):
     Keeps: interface(): removing heads changes what the model computes.
     Rejects: heads whose number something else depends on; each with a remark.
     Raises: PassOptionError for options that contradict each other or are out of range, and for a budget that
-        cannot be met; SelectionError for patterns that match no layer; CalibrationError where data is needed
-        and there is none.
+        cannot be met; SelectionError for patterns that match no layer; ChannelGroupError where nothing of what
+        they match can go; CalibrationError where data is needed and there is none.
     Source: Michel et al. 2019.
 
     Attributes:

@@ -17,8 +17,8 @@ class RemoveNeurons(Removal):
     Keeps: interface(): removing neurons changes what the model computes.
     Rejects: neurons that the model returns, or that a norm takes statistics over; each with a remark.
     Raises: PassOptionError for options that contradict each other or are out of range, and for a budget that
-        cannot be met; SelectionError for patterns that match no layer; CalibrationError where data is needed
-        and there is none.
+        cannot be met; SelectionError for patterns that match no layer; ChannelGroupError where nothing of what
+        they match can go; CalibrationError where data is needed and there is none.
     Source: He et al. 2017 (least squares); Ma et al. 2023 (gated blocks).
 
     Attributes:

@@ -16,12 +16,13 @@ from sqcompile.channels.importance import NEEDS_DATA, Importance, score_units
 from sqcompile.channels.latency import BUDGETS, BackendName, check_budgets, latency_budget
 from sqcompile.channels.select import Choice, Scores, choose_by_budget, choose_by_ratio, without_overlap
 from sqcompile.channels.shrink import Shrink
-from sqcompile.errors import PassOptionError
+from sqcompile.errors import ChannelGroupError, PassOptionError
 from sqcompile.layers import layers_of, select_layers
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
+from sqcompile.text import locate
 
 
 class Removal(Pass, register=False):
@@ -128,14 +129,22 @@ class Removal(Pass, register=False):
         }
         recurrent = {name for group in groups for name in group.layers} - {layer.name for layer in layers}
 
-        def is_wanted(group: Group) -> bool:
+        def is_named(group: Group) -> bool:
             made = set(group.layers)
-            return group.kind in kinds and bool(made) and made <= names | recurrent
+            return bool(made) and made <= names | recurrent
 
-        for group in groups.blocked:
-            if is_wanted(group):
-                context.remark(group.node, f"keeps its {len(group)} {group.kind}: {group.blocked}")
-        return without_overlap([group for group in groups if is_wanted(group)], self.ratio or 0.5)
+        def is_wanted(group: Group) -> bool:
+            return group.kind in kinds and is_named(group)
+
+        blocked = [group for group in groups.blocked if is_wanted(group)]
+        found = [group for group in groups if is_wanted(group)]
+        if not found and self.layers != ("*",):
+            others = [group for group in (*groups.blocked, *groups) if is_named(group)]
+            if blocked or others:
+                raise _named_in_vain(self.name, blocked or others)
+        for group in blocked:
+            context.remark(group.node, f"keeps its {len(group)} {group.kind}: {group.blocked}")
+        return without_overlap(found, self.ratio or 0.5)
 
     def _choice(
         self, program: Program, groups: Groups, chosen: Sequence[Group], costs: Costs, context: PassContext
@@ -214,6 +223,21 @@ class Removal(Pass, register=False):
         if self.round_to > 1:
             return f"what is left is a multiple of {self.round_to}"
         return "they are too few for a part of them to go"
+
+
+def _named_in_vain(name: str, groups: Sequence[Group]) -> ChannelGroupError:
+    first = groups[0]
+    listed = [
+        f"{group.name}, {len(group)} units of {group.kind}" + (f": {group.blocked}" if group.blocked else "")
+        for group in groups[:3]
+    ]
+    return ChannelGroupError(
+        f"{name} cannot take anything from the layers that were named.",
+        where=locate(first.node if first.blocked is None else first.blocked.node),
+        seen="; ".join(listed),
+        expected="layers of whose outputs a part can go, of the kind that the pass removes",
+        next_step="name other layers, or kinds (RemoveChannels); or change the line that ties the size",
+    )
 
 
 def _losing(chosen: Sequence[Group], choice: Choice) -> list[Group]:
