@@ -8,7 +8,9 @@ from support.removal import TOLERANCE, distance, outputs, remove
 from support.zoo import ZOO
 from torch import Tensor, nn
 
+from sqcompile import Program
 from sqcompile.blocks import find_blocks
+from sqcompile.channels import latency
 from sqcompile.errors import CalibrationError, PassOptionError, SelectionError
 from sqcompile.passes import RemoveLayers
 from sqcompile.testing import check_pass
@@ -96,6 +98,38 @@ def removed(item: RemoveLayers) -> list[str]:
 def test_the_last_ones_go_but_the_very_last() -> None:
     assert removed(RemoveLayers(ratio=0.5, importance="last")) == ["layers.1", "layers.2"]
     assert removed(RemoveLayers(ratio=0.5, importance="last", exclude=("layers.2",))) == ["layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [({"macs": 0.8}, 1), ({"macs": 0.5}, 3), ({"parameters": 0.62}, 2), ({"parameters": 1.0}, 0)],
+    ids=["macs 0.8", "macs 0.5", "parameters 0.62", "parameters 1"],
+)
+def test_a_budget_takes_as_few_as_meet_it(budget: dict[str, float], count: int) -> None:
+    # Of 72 multiply-accumulates a row each block has 16, of 90 parameters 20.
+    assert len(removed(RemoveLayers(**budget, importance="last"))) == count  # type: ignore[arg-type]
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    with pytest.raises(PassOptionError, match=r"0\.333 or more: so much is left without 3 blocks"):
+        removed(RemoveLayers(macs=0.3, importance="last"))
+
+
+def test_a_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        time_ns = 1e6
+
+        def __init__(self, *_: object) -> None: ...
+
+        def share(self, candidate: Program) -> float:
+            return 0.4 + 0.15 * len(find_blocks(candidate))
+
+    monkeypatch.setattr(latency, "Stopwatch", Clock)
+    _, result = remove(RemoveLayers(latency=0.75, importance="last"), trace(deep(), (X,)))
+    assert result.facts["removed"] == ["layers.1", "layers.2"]
+    assert result.facts["latency"]["after_ns"] == pytest.approx(0.7e6)
+    with pytest.raises(PassOptionError, match=r"0\.55 ms or more"):
+        removed(RemoveLayers(latency_ms=0.5, importance="last"))
 
 
 def test_one_block_stays() -> None:
