@@ -75,10 +75,12 @@ class Trainable(nn.Module):
 
     Args:
         program: The program; it is only read.
+        freeze_norms: Batch norms keep their statistics in training, too, and use them.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, freeze_norms: bool = False) -> None:
         super().__init__()
+        self._freeze_norms = freeze_norms
         twin = program.snapshot()
         self._prepare(twin)
         # Functions, which copies of the module (averages of weights) share.
@@ -152,7 +154,7 @@ class Trainable(nn.Module):
 
     def _switch(self, twin: Program) -> None:
         """Let the operators of the copy that know two modes act as in training."""
-        _switch(twin)
+        _switch(twin, norms=not self._freeze_norms)
 
 
 def train_program(
@@ -365,14 +367,16 @@ def _running_statistics(program: Program) -> set[str]:
     return found
 
 
-def _switch(program: Program) -> None:
-    """Let the operators that know two modes act as in training."""
+def _switch(program: Program, *, norms: bool) -> None:
+    """Let the operators that know two modes act as in training; batch norms only if asked for."""
     statistics = _running_statistics(program)
     for node in program.compute_nodes():
         position = _MODES.get(node.target)
         if position is None:
             continue
         if node.target is _aten.batch_norm.default:
+            if not norms:
+                continue
             sources = [argument(node, place) for place in (3, 4)]
             stored = [
                 value for value in sources if isinstance(value, fx.Node) and str(value.target) in statistics

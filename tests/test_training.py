@@ -59,6 +59,16 @@ def test_a_trainable_is_the_model_in_both_modes() -> None:
     assert torch.equal(module.eval()(IMAGES), original.eval()(IMAGES)), "the statistics were updated alike"
 
 
+def test_frozen_norms_keep_their_statistics_and_use_them() -> None:
+    original = model()
+    original[3] = nn.Identity()  # a dropout would make training differ by itself
+    module = Trainable(trace(original, (IMAGES,)), freeze_norms=True).train()
+    assert torch.equal(module(IMAGES), original(IMAGES))
+    assert torch.equal(module.get_buffer("1.running_mean"), original[1].running_mean)
+    module(IMAGES).sum().backward()
+    assert module.get_parameter("1.weight").grad is not None, "scales and shifts go on learning"
+
+
 def test_gradients_are_the_model_s() -> None:
     original = model()
     module = Trainable(trace(original, (IMAGES,)))

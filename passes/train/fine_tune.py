@@ -7,7 +7,7 @@ from typing import ClassVar
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
-from sqcompile.training import TrainFunction, check_function, train_program
+from sqcompile.training import Trainable, TrainFunction, check_function, train_program
 
 
 class FineTune(Pass):
@@ -29,12 +29,15 @@ class FineTune(Pass):
     Attributes:
         train: The function, or its name: `module.py:function`. It takes the module, and if it has a second
             argument, a `sqcompile.training.Round`.
+        freeze_norms: Batch norms keep their running statistics and use them, even in `train()`: for batches that
+            are too small to take statistics of, and for the last epochs.
     """
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
 
     train: TrainFunction | None = None
+    freeze_norms: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_function(self.train))
@@ -44,5 +47,8 @@ class FineTune(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Hand out a trainable module, and take back what was trained."""
         assert self.train is not None
-        changes, figures = train_program(program, self.train, seed=context.seed, where=f"pass {self.name}")
+        module = Trainable(program, freeze_norms=self.freeze_norms)
+        changes, figures = train_program(
+            program, self.train, seed=context.seed, where=f"pass {self.name}", module=module
+        )
         return PassResult(changes, facts=figures)

@@ -35,6 +35,8 @@ class TrainQuantized(Pass):
         learn_scales: Let scales learn; otherwise they stay as calibrated, and only weights adapt.
         search: How the first scales of weights are chosen: `minmax` covers every weight, `mse` has the least
             squared error.
+        freeze_norms: Batch norms that were not folded keep their running statistics and use them, even in
+            `train()`, as they will when they are frozen.
     """
 
     requires = produces = Level.OBSERVED
@@ -43,6 +45,7 @@ class TrainQuantized(Pass):
     train: TrainFunction | None = None
     learn_scales: bool = True
     search: Search = "mse"
+    freeze_norms: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", check_function(self.train))
@@ -55,7 +58,9 @@ class TrainQuantized(Pass):
         if not program.observers:
             context.remark("program", "has nothing to quantize; fine-tune trains it as it is")
             return PassResult()
-        module = TrainableQuantized(program, search=self.search, learn_scales=self.learn_scales)
+        module = TrainableQuantized(
+            program, search=self.search, learn_scales=self.learn_scales, freeze_norms=self.freeze_norms
+        )
         changes, figures = train_program(
             program, self.train, seed=context.seed, where=f"pass {self.name}", module=module
         )

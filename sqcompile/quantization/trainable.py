@@ -39,6 +39,7 @@ class TrainableQuantized(Trainable):
         program: A program of level `OBSERVED`, calibrated; it is only read.
         search: How the first scales of weights are chosen.
         learn_scales: Whether scales are parameters; fixed ranges (of a sigmoid) never are.
+        freeze_norms: As `Trainable`.
 
     Raises:
         CalibrationError: If an observer never saw data.
@@ -46,11 +47,18 @@ class TrainableQuantized(Trainable):
     Source: Esser et al. 2020 (LSQ), sections 2.1 and 2.2.
     """
 
-    def __init__(self, program: Program, *, search: Search = "mse", learn_scales: bool = True) -> None:
+    def __init__(
+        self,
+        program: Program,
+        *,
+        search: Search = "mse",
+        learn_scales: bool = True,
+        freeze_norms: bool = False,
+    ) -> None:
         self._search: Search = search
         self._learn = learn_scales
         self._scales: dict[str, tuple[str, str, str | None]] = {}
-        super().__init__(program)
+        super().__init__(program, freeze_norms=freeze_norms)
 
     def states(self, program: Program) -> dict[str, LearnedState]:
         """Return the states that a program's observers have after training."""

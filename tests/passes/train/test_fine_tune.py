@@ -6,9 +6,10 @@ from support.passes import refuse_other_levels
 from torch import nn
 
 import sqcompile
-from sqcompile import Pass
+from sqcompile import Pass, PassContext, trace
 from sqcompile.errors import PassOptionError, TrainingError
 from sqcompile.passes import FineTune, MaskWeights
+from sqcompile.pipeline import PassManager
 from sqcompile.testing import check_pass
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -62,6 +63,17 @@ def test_trains_what_is_left_after_pruning() -> None:
 
     assert checked.record.facts["result"] == pytest.approx(loss(checked.after), rel=0.05)  # one step earlier
     assert loss(checked.after) < 0.6 * loss(checked.before), "a quarter of the weights is missing"
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_freeze_norms(freeze: bool) -> None:
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+    program = trace(original, (X,))
+    item = FineTune(train=lambda module: fit(module.train()), freeze_norms=freeze)
+    PassManager([item]).run(program, PassContext())
+    assert torch.equal(program.tensor("1.running_mean"), original[1].running_mean) == freeze
+    assert not torch.equal(program.tensor("1.weight"), original[1].weight)
 
 
 def test_text_names_the_function() -> None:

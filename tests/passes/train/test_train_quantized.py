@@ -164,6 +164,17 @@ def test_masks_hold() -> None:
         assert f"{name}_codes" in after.sparsity
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_freeze_norms(freeze: bool) -> None:
+    torch.manual_seed(0)
+    trained = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    program = observed(trained=trained)
+    before = program.tensor("2.running_mean")
+    item = TrainQuantized(train=lambda module: fit(module.train()), freeze_norms=freeze)
+    PassManager([item]).run(program, PassContext())
+    assert torch.equal(program.tensor("2.running_mean"), before) == freeze
+
+
 def test_calibrating_anew_forgets_what_was_learned() -> None:
     program = observed()
     context = PassContext(calibration=Calibration([X], program.signature))
