@@ -35,10 +35,12 @@ class Answer:
     Attributes:
         show: Prints it for people.
         data: The same for programs: what JSON can hold.
+        live: What is shown comes bit by bit, and goes out as it comes, into files and pipes too.
     """
 
     show: Callable[[Console], None]
     data: Any
+    live: bool = False
 
 
 def command(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -75,7 +77,7 @@ def console(stream: TextIO | None = None) -> Console:
 
 def _print(answer: Answer) -> None:
     """Print an answer on standard output; into files and pipes without the spaces that fill tables up."""
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() or answer.live:
         answer.show(console())
         return
     buffer = io.StringIO()

@@ -11,6 +11,7 @@ from sqcompile.cli.bench import bench
 from sqcompile.cli.compare import compare
 from sqcompile.cli.compile import compile_model
 from sqcompile.cli.evaluate import evaluate
+from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
 
@@ -46,4 +47,5 @@ app.command("passes")(passes)
 app.command("inspect")(inspect_model)
 app.command("compare")(compare)
 app.command("evaluate")(evaluate)
+app.command("generate")(generate)
 app.command("bench")(bench)
