@@ -168,16 +168,26 @@ def require_file(path: Path, what: str = "file") -> None:
     """
     if path.is_file() and os.access(path, os.R_OK):
         return
-    from sqcompile.errors import did_you_mean
-
-    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
     raise FileError(
         f"The {what} '{path}' cannot be read.",
         where=str(path),
         seen="no such file" if not path.exists() else "a folder" if path.is_dir() else "no permission",
         expected=f"a readable {what}",
-        next_step=did_you_mean(path.name, siblings) if siblings else "check the path",
+        next_step=_nearby(path),
     )
+
+
+def _nearby(path: Path) -> str:
+    """Return a next step for a file that is not there: a similar name beside it, or files of its kind."""
+    from sqcompile.errors import did_you_mean, nearest
+
+    if not path.parent.is_dir():
+        return f"there is no folder '{path.parent}': check the path"
+    siblings = [item.name for item in path.parent.iterdir() if item != path]
+    alike = [name for name in siblings if path.suffix and name.endswith(path.suffix)]
+    if alike or nearest(path.name, siblings):
+        return did_you_mean(path.name, alike or siblings)
+    return f"check the path: no {path.suffix or 'such'} file is in '{path.parent.resolve()}'"
 
 
 def sync(path: Path) -> None:

@@ -316,7 +316,11 @@ class TestRequire:
         assert refused(lambda: require_file(tmp_path)).seen == "a folder"
 
     def test_nothing_near(self, tmp_path: Path) -> None:
-        refused(lambda: require_file(tmp_path / "no" / "model.onnx"))
+        assert "there is no folder" in str(refused(lambda: require_file(tmp_path / "no" / "model.onnx")))
+        (tmp_path / "notes.txt").touch()
+        # Files of another kind are no help, unless the name is nearly theirs.
+        assert "no .pt2 file is in" in str(refused(lambda: require_file(tmp_path / "resnet_20.pt2")))
+        assert "did you mean 'notes.txt'?" in str(refused(lambda: require_file(tmp_path / "notes.tx")))
         refused(lambda: require_file(tmp_path / "model.onnx"))
 
 
