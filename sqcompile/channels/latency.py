@@ -18,6 +18,7 @@ from sqcompile.backend import get_backend
 from sqcompile.errors import InputError, PassOptionError
 from sqcompile.input_spec import example_call
 from sqcompile.measure import alternate
+from sqcompile.pipeline import parse_pass
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 
@@ -140,7 +141,10 @@ class Stopwatch:
         return statistics.median(b / a for a, b in zip(dense, shrunk, strict=True))
 
     def _load(self, program: Program) -> Any:
-        return self._backend.load(self._backend.lower(program), threads=self._threads)
+        # As it will run in the end: batch norms are folded after removal, and cost nothing then.
+        copy = program.snapshot()
+        parse_pass("fold-batch-norm").run(copy, PassContext())
+        return self._backend.load(self._backend.lower(copy), threads=self._threads)
 
 
 def _inputs(program: Program, context: PassContext) -> Sequence[Any]:

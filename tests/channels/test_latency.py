@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 from support.passes import zoo_program
-from support.programs import data
+from support.programs import data, seeded
 from support.removal import remove
+from torch import nn
 
 from sqcompile import Program
 from sqcompile.calibration import Calibration
@@ -17,6 +18,7 @@ from sqcompile.channels.latency import search_latency
 from sqcompile.errors import PassOptionError
 from sqcompile.passes import RemoveChannels, RemoveHeads, RemoveNeurons
 from sqcompile.pipeline import PassContext
+from sqcompile.tracing import trace
 
 
 def stepped(share: float) -> tuple[int, float]:
@@ -133,3 +135,13 @@ def test_a_real_clock_measures_real_candidates() -> None:
         assert found["backend"] == "reference"
         assert 0 < found["after_ns"] <= 0.9 * found["before_ns"]
         assert result.changes > 0
+
+
+def test_batch_norms_are_folded_before_the_clock_starts() -> None:
+    """The native engine has no batch norm, as it never meets one."""
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    )
+    program = trace(model, (data(1, 3, 8, 8),))
+    _, result = remove(RemoveChannels(latency=1.0, backend="native"), program)
+    assert result.facts["latency"]["before_ns"] > 0
