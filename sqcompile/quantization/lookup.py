@@ -89,13 +89,14 @@ def fit(
     weight = weight.detach().float()
     errors = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
     widest = _widest_scale(weight, format)
-    mapping = _choose(weight, widest, format, errors)
-    scale = widest
+    mapping, scale = _choose(weight, widest, format, errors)
     if search == "mse":
-        scale = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
+        scale, error = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
         if mapping != format.mapping:  # the table was chosen for other scales
-            mapping = _choose(weight, scale, format, errors)
-            scale = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
+            other, _ = _choose(weight, scale, format, errors)
+            other_scale, other_error = _best_scale(weight, widest, other.levels(format.bits), format, errors)
+            if other_error < error:
+                mapping, scale = other, other_scale
     return Fitted(mapping, mapping.levels(format.bits).to(weight.device), scale)
 
 
@@ -105,38 +106,45 @@ def _widest_scale(weight: Tensor, format: Format) -> Tensor:
     return torch.where(scale == 0, 1.0, scale.clamp(min=affine.SMALLEST_SCALE))
 
 
-def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> Mapping:
-    """Return the mapping whose table has the least error with these scales."""
+def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Mapping, Tensor]:
+    """Return the mapping whose table has the least error with these scales, and the scales that go with it.
+
+    A fitted table is stretched to the whole range of levels, and its scales shrink alike.
+    """
     candidates = format.mapping.candidates()
     fitted = isinstance(format.mapping, Codebook) and format.mapping.table is None
     if len(candidates) == 1 and not fitted:
-        return format.mapping
+        return format.mapping, scale
     centers, counts = _histogram(weight, scale, format, errors)
     if fitted:
-        return Codebook(_means(centers, counts, 1 << format.bits))
+        means = _means(centers, counts, 1 << format.bits)
+        stretch = LARGEST_LEVEL / max(abs(means).max(), 1.0)
+        table = tuple(int(level) for level in np.rint(means * stretch))
+        return Codebook(table), (scale / stretch).clamp(min=affine.SMALLEST_SCALE)
 
     def loss(mapping: Mapping) -> float:
         levels = mapping.levels(format.bits)
         return float(((lookup(encode(centers, levels), levels) - centers).square() * counts).sum())
 
-    return min(candidates, key=loss)
+    return min(candidates, key=loss), scale
 
 
 def _histogram(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return middles of bins over the range of levels, and the summed weight of errors in each."""
+    """Return middles of bins over the range of levels, or of values if it is wider, and the weight of each."""
     axis, group_size = format.granularity.pair
-    steps = affine.divide(weight, scale, axis, group_size).clamp(-LARGEST_LEVEL, LARGEST_LEVEL)
+    steps = affine.divide(weight, scale, axis, group_size)
+    reach = max(LARGEST_LEVEL, float(steps.abs().max())) if steps.numel() else LARGEST_LEVEL
     # An error of a step is one of `scale` in the weight.
     squared = affine.divide(torch.ones_like(weight), 1 / scale.square(), axis, group_size)
-    width = 2 * LARGEST_LEVEL / _BINS
-    bins = ((steps + LARGEST_LEVEL) / width).long().clamp(max=_BINS - 1)
+    width = 2 * reach / _BINS
+    bins = ((steps + reach) / width).long().clamp(max=_BINS - 1)
     counts = torch.bincount(bins.flatten(), weights=(errors * squared).double().flatten(), minlength=_BINS)
-    centers = (torch.arange(_BINS, dtype=torch.float64, device=weight.device) + 0.5) * width - LARGEST_LEVEL
+    centers = (torch.arange(_BINS, dtype=torch.float64, device=weight.device) + 0.5) * width - reach
     return centers, counts
 
 
-def _means(centers: Tensor, counts: Tensor, size: int) -> tuple[int, ...]:
-    """Return the levels, zero among them, that represent a histogram with the least squared error.
+def _means(centers: Tensor, counts: Tensor, size: int) -> NDArray[np.float64]:
+    """Return the levels, ascending and zero among them, that represent a histogram with the least squared error.
 
     Values on a line are split best into runs of neighbours, so dynamic programming over the bins finds the
     best of all tables: `least[z][j]` is the error of the first j bins with so many levels, z of them zero.
@@ -182,10 +190,13 @@ def _means(centers: Tensor, counts: Tensor, size: int) -> tuple[int, ...]:
         else:
             levels.append(0.0)  # a run of no values
         end = begin
-    return tuple(sorted(int(level) for level in np.rint(levels)))
+    return np.sort(np.array(levels))
 
 
-def _best_scale(weight: Tensor, widest: Tensor, levels: Tensor, format: Format, errors: Tensor) -> Tensor:
+def _best_scale(
+    weight: Tensor, widest: Tensor, levels: Tensor, format: Format, errors: Tensor
+) -> tuple[Tensor, float]:
+    """Return the scale of least error for each group, and the error of all."""
     least = _squared_error(weight, widest, levels, format, errors)
     best = widest
     for step in range(1, _SCALES + 1):
@@ -194,7 +205,7 @@ def _best_scale(weight: Tensor, widest: Tensor, levels: Tensor, format: Format, 
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, scale, best)
-    return best
+    return best, float(least.double().sum())
 
 
 def _squared_error(weight: Tensor, scale: Tensor, levels: Tensor, format: Format, errors: Tensor) -> Tensor:
