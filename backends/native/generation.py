@@ -87,8 +87,12 @@ class TextGenerator:
         _run(lambda: self.inner.feed(prompts), "The tokens cannot be added.")
 
     def logits(self, row: int = 0) -> torch.Tensor:
-        """Return the logits [vocabulary] behind the last token of a row."""
-        return torch.from_numpy(self.inner.logits(row))
+        """Return the logits [vocabulary] behind the last token of a row.
+
+        Raises:
+            InputError: If the row is empty, or was taken back since it was fed.
+        """
+        return torch.from_numpy(_run(lambda: self.inner.logits(row), "There are no logits."))
 
     def rewind(self, row: int = 0, length: int = 0) -> None:
         """Forget a row's tokens from `length` on.

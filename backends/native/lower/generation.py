@@ -13,6 +13,7 @@ different lengths need no padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -20,7 +21,7 @@ import numpy as np
 import sympy
 
 from sqcompile.backends.native.file import as_size
-from sqcompile.backends.native.lower.positions import LOW, Affine, Band, Known, Positions, match_dimensions
+from sqcompile.backends.native.lower.positions import LOW, Affine, Band, Known, Positions, match_groups
 from sqcompile.backends.native.plan import (
     NUMPY_DTYPES,
     Generation,
@@ -39,8 +40,12 @@ _SIZES = {NEW: TOKENS, LAST: ROWS, ALL: KEYS}
 _LARGEST = 2**31 - 1
 _AFFINE, _AFFINE_TENSOR = 2, 3  # what quantize_rows takes its scale from
 
-Roles: TypeAlias = tuple[str | None, ...]
-"""What each dimension of a value is: one of the three above, or None where it is no sequence."""
+Role: TypeAlias = str | tuple[int | str, ...] | None
+Roles: TypeAlias = tuple[Role, ...]
+"""What each dimension of a value is: one of the three above, or None where it is no sequence.
+
+Rows that are heads times tokens are a tuple of both, in their order.
+"""
 
 Key: TypeAlias = tuple[int, Roles]
 
@@ -80,7 +85,7 @@ class _Rewriter:
         self.computed = computed
         self.made: dict[Key, Value] = {}
         self.known_made: dict[tuple[Known, str, Shape, Roles], Value] = {}
-        self.steps_made: dict[tuple[int, str | None], list[Value]] = {}
+        self.steps_made: dict[tuple[int, Role], list[Value]] = {}
         self.caches = 0
         self.tokens, self.sequence, known = _find_inputs(plan)
         batch = self.tokens.shape[0]
@@ -152,7 +157,7 @@ class _Rewriter:
         for size, role in zip(shape, roles, strict=True):
             if role is None and size == self.sequence:
                 raise self._refusal("it takes in a whole sequence at once", value)
-            if not isinstance(size, int) and size != self.sequence:
+            if (size == self.sequence) != isinstance(role, str) or (role is None) != isinstance(size, int):
                 raise self._refusal(f"it has a dimension of {size}", value)
         known = self.positions.of(value)
         if known is not None and value.kind != "constant":
@@ -205,7 +210,7 @@ class _Rewriter:
     def sized(self, value: Value, roles: Roles) -> Shape:
         """Return the shape of a value for these roles."""
         shape = self.shapes[value.index]
-        return tuple(size if role is None else _SIZES[role] for size, role in zip(shape, roles, strict=True))
+        return tuple(_size(size, role) for size, role in zip(shape, roles, strict=True))
 
     # --- what depends on positions only -------------------------------------------------------------
 
@@ -229,11 +234,10 @@ class _Rewriter:
                 found = self._band(known, shape, roles)
             if found.dtype != dtype:
                 found = self._step("cast", [found], dtype, found.shape)
-            sizes = tuple(
-                size if role is None else _SIZES[role] for size, role in zip(shape, roles, strict=True)
-            )
+            sizes = tuple(_size(size, role) for size, role in zip(shape, roles, strict=True))
             if found.shape != sizes:
                 found = self._step("expand", [found], dtype, sizes)
+                found = self._step("contiguous", [found], dtype, sizes)
             self.known_made[key] = found
         return found
 
@@ -243,7 +247,7 @@ class _Rewriter:
     def _index_along(self, dimension: int, shape: Shape, roles: Roles) -> Value:
         """Return the index of a dimension, in the rank of a shape."""
         role, size = roles[dimension], shape[dimension]
-        if role is not None:
+        if isinstance(role, str):
             index = self._positions_of(role)
         elif isinstance(size, int):
             index = self.result.add_constant(np.arange(size))
@@ -327,15 +331,32 @@ class _Rewriter:
 
     def reshaped(self, source: Shape, target: Shape, roles: Roles, value: Value) -> Roles:
         """Return the roles before a reshape."""
-        places = match_dimensions(source, target)
-        result: list[str | None] = [None] * len(source)
-        for d, role in enumerate(roles):
-            if role is None:
+        groups = match_groups(source, target)
+        result: list[Role] = [None] * len(source)
+        for before, after in groups or ():
+            if not any(roles[d] for d in after):
                 continue
-            if places is None or d not in places:
-                raise self._refusal("the sequence is merged with another dimension", value)
-            result[places[d]] = role
+            # What the dimensions are made of, the outer ones first; then dealt out to those before.
+            parts: list[int | str] = []
+            for d in after:
+                role, size = roles[d], target[d]
+                parts += role if isinstance(role, tuple) else [role or size]
+            for d in before:
+                own = [parts.pop(0)] if parts else []
+                while parts and not self._covers(own, source[d]):
+                    own.append(parts.pop(0))
+                if not own or not self._covers(own, source[d]):
+                    raise self._refusal("the sequence is merged with another dimension", value)
+                if any(isinstance(part, str) for part in own):
+                    result[d] = own[0] if len(own) == 1 else tuple(own)  # type: ignore[assignment]
+        if groups is None and any(roles):
+            raise self._refusal("the sequence is merged with another dimension", value)
         return tuple(result)
+
+    def _covers(self, parts: Sequence[int | str], size: Size) -> bool:
+        """Whether parts make up a dimension."""
+        sizes = [self.sequence if isinstance(part, str) else part for part in parts]
+        return bool(sympy.simplify(math.prod(sizes) - size) == 0)
 
     def along(self, roles: Roles, dimensions: Sequence[int], value: Value, what: str) -> None:
         """Refuse a sequence in dimensions that an operator works along."""
@@ -350,6 +371,15 @@ class _Rewriter:
         step = self.makers.get(value.index)
         where = "an input" if step is None else f"{step.operator} of {step.name or 'the model'}"
         return NoGenerationError(f"{reason} ({where})")
+
+
+def _size(size: Size, role: Role) -> Size:
+    """Return the size of a dimension for its role."""
+    if role is None:
+        return size
+    if isinstance(role, str):
+        return _SIZES[role]
+    return as_size(math.prod(_SIZES[part] if isinstance(part, str) else part for part in role))
 
 
 def _find_inputs(plan: Plan) -> tuple[Value, Size, dict[Value, Known]]:
@@ -410,7 +440,7 @@ def _reshape(r: _Rewriter, step: Step, place: int, roles: Roles) -> Value:
 
 
 def _permute(r: _Rewriter, step: Step, place: int, roles: Roles) -> Value:
-    before: list[str | None] = [None] * len(roles)
+    before: list[Role] = [None] * len(roles)
     for d, old in enumerate(step.ints):
         before[int(old)] = roles[d]
     return r.add(step, [r.instance(_first(step), tuple(before))], place, roles)
@@ -555,18 +585,18 @@ def _linear(r: _Rewriter, step: Step, place: int, roles: Roles) -> Value:
             inputs.append(_quantized(r, maker, role)[maker.outputs.index(item)])
             continue
         shape = r.shapes[item.index]
-        inputs.append(r.instance(item, tuple(role if size == r.sequence else None for size in shape)))
+        inputs.append(r.instance(item, tuple(None if isinstance(size, int) else role for size in shape)))
     return r.add(step, inputs, place, roles)
 
 
 def _quantize_rows(r: _Rewriter, step: Step, place: int, roles: Roles) -> Value:
-    role = next((role for role in roles if role is not None), NEW)
+    role: Role = next((role for role in roles if role is not None), NEW)
     if step.ints[0] == _AFFINE_TENSOR and place != 0:
         raise r.refuse("it takes in a whole sequence at once", step.outputs[place])
     return _quantized(r, step, role)[place]
 
 
-def _quantized(r: _Rewriter, step: Step, role: str | None) -> list[Value]:
+def _quantized(r: _Rewriter, step: Step, role: Role) -> list[Value]:
     """Codes, scales, zero points and sums of some tokens.
 
     One scale for the whole tensor would mix positions: each token gets its own.
@@ -582,9 +612,9 @@ def _quantized(r: _Rewriter, step: Step, role: str | None) -> list[Value]:
     outputs: list[tuple[str, Shape]] = []
     for number, item in enumerate(step.outputs):
         own = r.shapes[item.index]
-        sizes = r.sized(item, tuple(role if size == r.sequence else None for size in own))
+        sizes = r.sized(item, tuple(None if isinstance(size, int) else role for size in own))
         if per_token and number in (1, 2) and role is not None:
-            sizes = (_SIZES[role],)
+            sizes = (_size(own[0], role),)
         outputs.append((item.dtype, sizes))
     inputs = [r.instance(source, (*rows, None))]
     inputs += [r.instance(item, (None,) * item.rank) for item in step.inputs[1:] if item is not None]

@@ -56,15 +56,14 @@ def affine(slopes: Mapping[int, int], offset: int) -> Affine:
     return Affine(tuple(sorted((d, slope) for d, slope in slopes.items() if slope)), offset)
 
 
-def match_dimensions(before: Shape, after: Shape) -> dict[int, int] | None:
-    """Return which dimension of a reshaped tensor is which one before, as {after: before}.
+def match_groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]] | None:
+    """Return which dimensions of a tensor become which when it is reshaped, in the smallest groups.
 
-    Dimensions of size 1 are no one's; those that are split or merged are left out. None if the sizes
-    cannot be followed.
+    Dimensions of size 1 are in no group. None if the sizes cannot be followed.
     """
     left = [(d, size) for d, size in enumerate(before) if size != 1]
     right = [(d, size) for d, size in enumerate(after) if size != 1]
-    found: dict[int, int] = {}
+    found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(left) and j < len(right):
         a, b, first_i, first_j = left[i][1], right[j][1], i, j
@@ -77,9 +76,17 @@ def match_dimensions(before: Shape, after: Shape) -> dict[int, int] | None:
                 b, j = b * right[j][1], j + 1
             else:
                 return None
-        if i - first_i == 1 and j - first_j == 1:
-            found[right[first_j][0]] = left[first_i][0]
+        found.append(([d for d, _ in left[first_i:i]], [d for d, _ in right[first_j:j]]))
     return found if i == len(left) and j == len(right) else None
+
+
+def match_dimensions(before: Shape, after: Shape) -> dict[int, int] | None:
+    """Return which dimension of a reshaped tensor is which one before, as {after: before}.
+
+    Those that are split or merged are left out. None if the sizes cannot be followed.
+    """
+    groups = match_groups(before, after)
+    return None if groups is None else {b[0]: a[0] for a, b in groups if len(a) == len(b) == 1}
 
 
 def _divides(a: Size, b: Size) -> bool:
@@ -140,8 +147,11 @@ class Positions:
         if isinstance(known, Affine):
             return known.number
         if isinstance(known, Band):
-            causal = known.high is not None and known.high <= 0
-            return 0 if causal and (known.query, known.key) == (value.rank - 2, value.rank - 1) else None
+            if (known.query, known.key) != (value.rank - 2, value.rank - 1):
+                return None
+            if known.high is None:
+                return 1 if known.low is not None and known.low <= 1 else None
+            return 0 if known.high <= 0 else None
         if value.kind == "constant":
             array = self.plan.tensors[value.source]
             return float(array.flat[0]) if array.size == 1 and value.layout == "plain" else None
@@ -153,8 +163,9 @@ class Positions:
             case "cast" | "contiguous" | "dense_rows":
                 return self.late(items[0])
             case "reshape" | "expand":
-                same = self.shapes[items[0].index][-2:] == self.shapes[value.index][-2:]
-                return self.late(items[0]) if same and value.rank >= 2 else None
+                shape = self.shapes[items[0].index]
+                same = shape[-2:] == self.shapes[value.index][-2:] and value.rank >= 2
+                return self.late(items[0]) if same or all(size == 1 for size in shape) else None
             case "logical_not":
                 inner = self.late(items[0])
                 return None if inner is None else float(not inner)
@@ -290,6 +301,12 @@ class Positions:
 
     def _not(self, step: Step) -> Known | None:
         known = self.of(step.inputs[0])
+        if isinstance(known, Band):
+            if known.low is None and known.high is not None:
+                return Band(known.query, known.key, known.high + 1, None)
+            if known.high is None and known.low is not None:
+                return Band(known.query, known.key, None, known.low - 1)
+            return None
         number = known.number if isinstance(known, Affine) else None
         return None if number is None else Affine((), int(not number))
 

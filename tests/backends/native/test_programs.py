@@ -15,10 +15,12 @@ import torch
 from support.native_build import SOURCE, run, tool
 from torch import Tensor, nn
 
+import sqcompile
 from sqcompile.backends.native.backend import BACKEND
 from sqcompile.tracing import trace
 
 GOLDEN = Path(__file__).parent / "data" / "golden.sqm"
+GENERATION = GOLDEN.with_name("generation.sqm")
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,6 +50,46 @@ int main(int argc, char** argv) {
   }
   printf("%d %s\n", (int)status.code, status.message);
   sqc_session_destroy(session);
+  return 0;
+}
+"""
+
+
+GENERATING_CLIENT = r"""
+#include <sqcompile.h>
+#include <stdio.h>
+
+static int take(void* user, int64_t row, int64_t token) {
+  printf("%d:%d ", (int)row, (int)token);
+  return --*(int*)user > 0;
+}
+
+int main(int argc, char** argv) {
+  const int64_t ids[5] = {10, 4, 5, 6, 0};
+  const sqc_text texts[2] = {{0, ids, 5}, {1, ids, 2}};
+  const sqc_sampling sampling = {4, 0.0f, 0, 1.0f, 0, NULL, 0};
+  const float* logits = NULL;
+  int64_t count = 0;
+  int left = 5;
+  sqc_model* model = NULL;
+  sqc_generator* generator = NULL;
+  sqc_status status = sqc_model_open(argv[argc - 1], &model);
+  if (status.code == SQC_OK) status = sqc_generator_create(model, 2, 2, 9, SQC_KV_I8, &generator);
+  if (status.code == SQC_OK) {
+    printf("%d %d\n", (int)sqc_model_limit(model), (int)sqc_model_vocabulary(model));
+    status = sqc_generator_logits(generator, 0, &logits, &count);
+  }
+  sqc_model_close(model); /* the generator keeps what it needs */
+  if (status.code == SQC_INVALID_ARGUMENT) {
+    status = sqc_generator_generate(generator, texts, 2, &sampling, take, &left);
+    printf("\n%d %d\n", (int)sqc_generator_length(generator, 0), (int)sqc_generator_length(generator, 1));
+  }
+  if (status.code == SQC_OK) status = sqc_generator_rewind(generator, 0, 1);
+  if (status.code == SQC_OK) status = sqc_generator_feed(generator, texts + 1, 1);
+  if (status.code == SQC_OK) status = sqc_generator_logits(generator, 1, &logits, &count);
+  for (int i = 0; i < 2 && status.code == SQC_OK; ++i) status = sqc_generator_feed(generator, texts, 2);
+  printf("%d %d %s\n", (int)count, (int)status.code, status.message);
+  sqc_generator_destroy(generator);
   return 0;
 }
 """
@@ -146,6 +188,57 @@ def test_the_c_interface_from_c(native_build: Build, tmp_path: Path) -> None:
     assert run(client, tmp_path / "none.sqm").startswith("6 cannot open")
 
 
+def test_sqrun_continues_texts(native_build: Build, tmp_path: Path) -> None:
+    sqrun = native_build("plain") / "sqrun"
+    generator = sqcompile.load(GENERATION, threads=1)
+    prompts = [[1, 2, 3], [10, 4, 5, 6, 0]]
+    expected = [
+        text[len(prompt) :] for text, prompt in zip(generator.generate(prompts, 8), prompts, strict=True)
+    ]
+    lines = [" ".join(map(str, tokens)) for tokens in expected]
+    assert "generates texts of up to 16 tokens" in run(sqrun, GENERATION, "--info")
+    printed = run(sqrun, GENERATION, "--generate", "8", "1,2,3", "10,4,5,6,0", "--threads", "2")
+    assert printed.splitlines()[:2] == lines and "8 tokens of prompts" in printed
+    np.save(tmp_path / "prompt.npy", np.array(prompts[:1]))
+    for prompt in ("1,2,3", tmp_path / "prompt.npy"):
+        assert lines[0] in run(sqrun, GENERATION, "--generate", "8", prompt, SQCOMPILE_ISA="scalar")
+    stop = str(expected[0][2])
+    short = lines[0].split(" ")[: expected[0].index(expected[0][2]) + 1]
+    assert " ".join(short) + "\n" in run(sqrun, GENERATION, "--generate", "8", "1,2,3", "--stop", stop)
+    drawn = ["--temperature", "1.5", "--top-k", "6", "--top-p", "0.9", "--seed", "5"]
+    same = generator.generate(prompts[:1], 8, temperature=1.5, top_k=6, top_p=0.9, seed=5)[0][3:]
+    assert " ".join(map(str, same)) in run(sqrun, GENERATION, "--generate", "8", "1,2,3", *drawn)
+    assert run(sqrun, GENERATION, "--generate", "8", "1,2,3", "--kv", "int8")
+    cases: list[tuple[list[str | Path], int, str]] = [
+        ([GENERATION, "--generate", "x", "1"], 2, "usage: sqrun"),
+        ([GENERATION, "--generate", "3", "--kv", "f64", "1"], 2, "usage: sqrun"),
+        ([GENERATION, "--generate", "3"], 1, "there is no prompt"),
+        ([GENERATION, "--generate", "3", "1,x"], 1, "a prompt is a list of token ids"),
+        ([GENERATION, "--generate", "3", "11"], 1, "token 0 of row 0 is 11; the vocabulary has 11"),
+        ([GENERATION, "--generate", "16", "1"], 0, "16 new ones"),
+        ([GENERATION, "--generate", "17", "1"], 1, "a row for 17 tokens; the model takes 1 to 16"),
+        ([GENERATION, "--generate", "3", "1", "--top-p", "2"], 1, "top_p is not above 0 and at most 1"),
+        ([GOLDEN, "--generate", "3", "1"], 1, "the model has no plan that continues texts"),
+    ]
+    for arguments, code, text in cases:
+        assert text in run(sqrun, *arguments, code=code)
+
+
+def test_generation_from_c(native_build: Build, tmp_path: Path) -> None:
+    folder = native_build("plain")
+    source, client = tmp_path / "client.c", tmp_path / "client"
+    source.write_text(GENERATING_CLIENT)
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{SOURCE / 'include'}"]
+    run(tool("cc"), *flags, source, f"-L{folder}", "-lsqcompile", f"-Wl,-rpath,{folder}", "-o", client)
+    ports, tokens, lengths, end = run(client, GENERATION).splitlines()
+    assert ports == "16 11"
+    assert [token.split(":")[0] for token in tokens.split()] == ["0", "1", "0", "1", "0"]
+    assert lengths == "7 4"
+    message = "the cache overflows: 5 tokens do not fit behind the 6 of row 0, which has room for 9"
+    assert end == f"11 1 {message}"
+    assert run(client, GOLDEN).endswith("0 2 the model has no plan that continues texts\n")
+
+
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the operators that the golden one does not have."""
@@ -160,7 +253,7 @@ def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) ->
     """Opened and run, with right checksums, whatever they say: no crash, no byte read outside."""
     folder = native_build("address")
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
-    for path in (GOLDEN, operators):
+    for path in (GOLDEN, GENERATION, operators):
         printed = run(folder / "sqc_fuzz", path, "20000", ASAN_OPTIONS=options)
         mutations, opened = (int(word) for word in printed.replace(",", "").split() if word.isdigit())
         assert mutations == 20000 and opened > 1000
@@ -171,7 +264,7 @@ def test_files_that_libfuzzer_finds(native_build: Build, operators: Path, tmp_pa
     folder = native_build("fuzzer")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for path in (GOLDEN, operators):
+    for path in (GOLDEN, GENERATION, operators):
         shutil.copy(path, corpus)
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
     limits = ("-max_total_time=30", "-max_len=65536", "-rss_limit_mb=4096", "-timeout=20", "-seed=1")

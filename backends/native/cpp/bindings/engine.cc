@@ -125,6 +125,7 @@ class SharedGenerator {
   nb::ndarray<nb::numpy> logits(std::int64_t row) {
     const std::lock_guard<std::recursive_mutex> turn(mutex_);
     if (row < 0 || row >= generator_->rows()) throw nb::index_error("there is no such row");
+    if (!generator_->has_logits(row)) throw nb::value_error("the row has no logits: it is empty, or was taken back");
     const auto count = static_cast<std::size_t>(generator_->outputs());
     auto* copy = new float[count];
     std::memcpy(copy, generator_->logits(row), count * sizeof(float));
@@ -156,7 +157,6 @@ class SharedGenerator {
     if (caller.error) std::rethrow_exception(caller.error);
   }
 
-  // Nanoseconds that each step took during `work`.
   void measure(bool on) {
     const std::lock_guard<std::recursive_mutex> turn(mutex_);
     generator_->measure(on);

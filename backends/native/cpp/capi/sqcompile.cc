@@ -6,6 +6,7 @@
 #include <new>
 
 #include "base/cpu.h"
+#include "engine/generator.h"
 #include "engine/model.h"
 #include "engine/session.h"
 
@@ -16,6 +17,10 @@ struct sqc_model {
 struct sqc_session {
   std::unique_ptr<sqc::Session> session;
   bool has_run;
+};
+
+struct sqc_generator {
+  std::unique_ptr<sqc::Generator> generator;
 };
 
 namespace {
@@ -39,6 +44,24 @@ sqc_status invalid(const char* text) noexcept {
 sqc_status out_of_memory() noexcept {
   return to_c(sqc::Status::error(sqc::StatusCode::kOutOfMemory, "there is not enough memory"));
 }
+
+// The instruction set, and the threads of one a core where 0 are asked for.
+sqc_status choose(int* threads, sqc::Isa* isa) noexcept {
+  if (*threads == 0) *threads = std::clamp(sqc::cpu_info().physical_cores, 1, sqc::ThreadPool::kMaxThreads);
+  return to_c(sqc::default_isa(isa));
+}
+
+// The engine's form of texts; null where there is no memory.
+std::unique_ptr<sqc::RowTokens[]> rows_of(const sqc_text* texts, size_t count) noexcept {
+  std::unique_ptr<sqc::RowTokens[]> rows(new (std::nothrow) sqc::RowTokens[count > 0 ? count : 1]);
+  for (size_t i = 0; rows != nullptr && i < count; ++i) rows[i] = {texts[i].row, texts[i].tokens, texts[i].count};
+  return rows;
+}
+
+struct Callback {
+  sqc_token_callback function;
+  void* user;
+};
 
 sqc_status describe(const sqc::Plan& plan, sqc::Span<const sqc::format::Port> ports, size_t index,
                     sqc_port* port) noexcept {
@@ -84,9 +107,8 @@ sqc_status sqc_session_create(const sqc_model* model, int threads, sqc_session**
   if (model == nullptr || session == nullptr) return invalid("a pointer is null");
   *session = nullptr;
   sqc::Isa isa = sqc::Isa::scalar;
-  const sqc::Status found = sqc::default_isa(&isa);
-  if (!found.is_ok()) return to_c(found);
-  if (threads == 0) threads = std::clamp(sqc::cpu_info().physical_cores, 1, sqc::ThreadPool::kMaxThreads);
+  const sqc_status chosen = choose(&threads, &isa);
+  if (chosen.code != SQC_OK) return chosen;
   std::unique_ptr<sqc_session> made(new (std::nothrow) sqc_session);
   if (made == nullptr) return out_of_memory();
   made->has_run = false;
@@ -124,4 +146,72 @@ sqc_status sqc_session_output(const sqc_session* session, size_t index, sqc_tens
   *output = {static_cast<sqc_dtype>(tensor.dtype), tensor.rank, {}, tensor.data};
   for (int d = 0; d < tensor.rank; ++d) output->shape[d] = tensor.shape[d];
   return to_c(sqc::Status::ok());
+}
+
+int64_t sqc_model_limit(const sqc_model* model) {
+  return model->model->generation() != nullptr ? model->model->generation_settings().limit : 0;
+}
+int64_t sqc_model_vocabulary(const sqc_model* model) { return model->model->generation_settings().vocabulary; }
+
+sqc_status sqc_generator_create(const sqc_model* model, int threads, int64_t rows, int64_t capacity,
+                                sqc_kv_type kv_type, sqc_generator** generator) {
+  if (model == nullptr || generator == nullptr) return invalid("a pointer is null");
+  *generator = nullptr;
+  if (kv_type != SQC_KV_F32 && kv_type != SQC_KV_I8) return invalid("there is no such type of cache");
+  sqc::Isa isa = sqc::Isa::scalar;
+  const sqc_status chosen = choose(&threads, &isa);
+  if (chosen.code != SQC_OK) return chosen;
+  std::unique_ptr<sqc_generator> made(new (std::nothrow) sqc_generator);
+  if (made == nullptr) return out_of_memory();
+  const sqc::KvType type = kv_type == SQC_KV_I8 ? sqc::KvType::s8 : sqc::KvType::f32;
+  const sqc::Status status = sqc::Generator::create(model->model, threads, isa, rows, capacity, type, &made->generator);
+  if (status.is_ok()) *generator = made.release();
+  return to_c(status);
+}
+
+void sqc_generator_destroy(sqc_generator* generator) { delete generator; }
+
+sqc_status sqc_generator_feed(sqc_generator* generator, const sqc_text* texts, size_t count) {
+  if (generator == nullptr || (texts == nullptr && count > 0)) return invalid("a pointer is null");
+  const std::unique_ptr<sqc::RowTokens[]> rows = rows_of(texts, count);
+  if (rows == nullptr) return out_of_memory();
+  return to_c(generator->generator->feed({rows.get(), count}));
+}
+
+sqc_status sqc_generator_logits(const sqc_generator* generator, int64_t row, const float** logits, int64_t* count) {
+  if (generator == nullptr || logits == nullptr || count == nullptr) return invalid("a pointer is null");
+  if (sqc_generator_length(generator, row) < 0) return invalid("there is no such row");
+  if (!generator->generator->has_logits(row)) return invalid("the row has no logits: it is empty, or was taken back");
+  *logits = generator->generator->logits(row);
+  *count = generator->generator->outputs();
+  return to_c(sqc::Status::ok());
+}
+
+int64_t sqc_generator_length(const sqc_generator* generator, int64_t row) {
+  return row >= 0 && row < generator->generator->rows() ? generator->generator->length(row) : -1;
+}
+
+sqc_status sqc_generator_rewind(sqc_generator* generator, int64_t row, int64_t length) {
+  if (generator == nullptr) return invalid("a pointer is null");
+  return to_c(generator->generator->rewind(row, length));
+}
+
+sqc_status sqc_generator_generate(sqc_generator* generator, const sqc_text* prompts, size_t count,
+                                  const sqc_sampling* sampling, sqc_token_callback callback, void* user) {
+  if (generator == nullptr || (prompts == nullptr && count > 0) || sampling == nullptr || callback == nullptr ||
+      (sampling->stop == nullptr && sampling->stop_count > 0)) {
+    return invalid("a pointer is null");
+  }
+  const std::unique_ptr<sqc::RowTokens[]> rows = rows_of(prompts, count);
+  if (rows == nullptr) return out_of_memory();
+  const sqc::GenerateOptions options = {
+      sampling->max_new_tokens,
+      {sampling->temperature, sampling->top_k, sampling->top_p, sampling->seed},
+      {sampling->stop, sampling->stop_count}};
+  Callback both = {callback, user};
+  const auto call = [](void* data, std::int64_t row, std::int64_t token) {
+    const auto* own = static_cast<const Callback*>(data);
+    return own->function(own->user, row, token) != 0;
+  };
+  return to_c(generator->generator->generate({rows.get(), count}, options, call, &both));
 }

@@ -45,9 +45,10 @@ class Generator {
   // their tokens, as `length` says.
   Status feed(Span<const RowTokens> texts) noexcept;
 
-  // Logits [vocabulary] behind the last token of a row that has one. Rows that were not fed last keep theirs.
+  // Logits [outputs] behind the last token of a row that has some. Rows keep theirs while others are fed.
   const float* logits(std::int64_t row) const noexcept { return logits_.data() + row * outputs_; }
   std::int64_t outputs() const noexcept { return outputs_; }
+  bool has_logits(std::int64_t row) const noexcept { return has_logits_[static_cast<std::size_t>(row)]; }
 
   std::int64_t rows() const noexcept { return state_.slots(); }
   std::int64_t capacity() const noexcept { return capacity_; }
@@ -64,9 +65,9 @@ class Generator {
   Isa isa() const noexcept { return session_->isa(); }
   std::size_t cache_bytes() const noexcept { return state_.bytes(); }
   std::size_t memory_bytes() const noexcept { return session_->memory_bytes(); }
-  // Nanoseconds of each operator since the last call of this; nothing is measured before the first one.
-  const std::vector<std::int64_t>& times_ns() const noexcept { return total_times_ns_; }
+  // Begins to add up the nanoseconds of each operator, or ends it.
   void measure(bool on) noexcept;
+  const std::vector<std::int64_t>& times_ns() const noexcept { return total_times_ns_; }
 
  private:
   Generator() noexcept = default;

@@ -288,8 +288,8 @@ class Reader {
   Span<const std::uint8_t> file_;
   Plans& plans_;
   Plan plan_;  // the one that is being read
-  format::Header header_;
-  format::Section sections_[format::kSectionCountWithGeneration];
+  format::Header header_ = {};
+  format::Section sections_[format::kSectionCountWithGeneration] = {};
 };
 
 // Rounds towards minus infinity, as Python does.

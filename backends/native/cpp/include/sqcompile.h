@@ -97,6 +97,58 @@ SQC_API sqc_status sqc_session_run(sqc_session* session, const sqc_tensor* input
 /* An output of the last run, if that succeeded; its data stays until the next run. */
 SQC_API sqc_status sqc_session_output(const sqc_session* session, size_t index, sqc_tensor* output);
 
+/* --- Language models: texts that are continued ---------------------------------------------------------- */
+
+/* Rows of tokens with the cache of what they leave behind; used by one thread at a time. */
+typedef struct sqc_generator sqc_generator;
+
+/* How keys and values are kept: as they are, or in 8 bits with a scale for each position and head. */
+typedef enum sqc_kv_type { SQC_KV_F32 = 0, SQC_KV_I8 = 1 } sqc_kv_type;
+
+/* Tokens for one row, at least one. */
+typedef struct sqc_text {
+  int64_t row;
+  const int64_t* tokens;
+  int64_t count;
+} sqc_text;
+
+typedef struct sqc_sampling {
+  int64_t max_new_tokens; /* for each row */
+  float temperature;      /* 0: the most likely token; else logits are divided by it and one is drawn */
+  int64_t top_k;          /* only among so many of the most likely; 0: among all */
+  float top_p;            /* only among the fewest that together have this probability; 1: among all */
+  uint64_t seed;          /* a row's draws depend on nothing but this, its number and its length */
+  const int64_t* stop;    /* tokens that end a row */
+  size_t stop_count;
+} sqc_sampling;
+
+/* Sees each token when it is chosen; 0 ends the whole generation. */
+typedef int (*sqc_token_callback)(void* user, int64_t row, int64_t token);
+
+/* Tokens that a row may have; 0 if the model does not generate. */
+SQC_API int64_t sqc_model_limit(const sqc_model* model);
+/* Tokens that can be looked up; 0 if that is not known. */
+SQC_API int64_t sqc_model_vocabulary(const sqc_model* model);
+
+/* threads as in sqc_session_create; rows: 1 to 4096; capacity: tokens that a row may have, up to the limit. */
+SQC_API sqc_status sqc_generator_create(const sqc_model* model, int threads, int64_t rows, int64_t capacity,
+                                        sqc_kv_type kv_type, sqc_generator** generator);
+SQC_API void sqc_generator_destroy(sqc_generator* generator);
+
+/* Appends tokens to rows, each named at most once. */
+SQC_API sqc_status sqc_generator_feed(sqc_generator* generator, const sqc_text* texts, size_t count);
+/* Logits behind the last token of a row; they stay until the row is fed or taken back. */
+SQC_API sqc_status sqc_generator_logits(const sqc_generator* generator, int64_t row, const float** logits,
+                                        int64_t* count);
+/* Tokens that a row has; -1 if there is no such row. */
+SQC_API int64_t sqc_generator_length(const sqc_generator* generator, int64_t row);
+/* Forgets a row's tokens from `length` on. */
+SQC_API sqc_status sqc_generator_rewind(sqc_generator* generator, int64_t row, int64_t length);
+/* Feeds prompts, and chooses and feeds tokens until every row has had its number of them, or a stop. The last token
+   of a row is not fed. */
+SQC_API sqc_status sqc_generator_generate(sqc_generator* generator, const sqc_text* prompts, size_t count,
+                                          const sqc_sampling* sampling, sqc_token_callback callback, void* user);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/crc32.h"
+#include "engine/generator.h"
 #include "engine/model.h"
 #include "engine/session.h"
 
@@ -54,10 +55,28 @@ void seal(std::vector<std::uint8_t>& file) {
   std::memcpy(file.data(), &header, sizeof header);
 }
 
+// Feeds two rows and takes one back, with whatever plan a file has for continuing texts.
+void generate(const std::shared_ptr<const sqc::Model>& model) {
+  if (model->generation() == nullptr) return;
+  for (const sqc::KvType type : {sqc::KvType::f32, sqc::KvType::s8}) {
+    std::unique_ptr<sqc::Generator> generator;
+    if (!sqc::Generator::create(model, 1, sqc::best_isa(), 2, 8, type, &generator).is_ok()) return;
+    const std::int64_t tokens[] = {1, 0, 1};
+    const sqc::RowTokens texts[] = {{0, tokens, 3}, {1, tokens, 1}};
+    const auto go_on = [](void*, std::int64_t, std::int64_t) { return true; };
+    sqc::GenerateOptions options;
+    options.max_new_tokens = 2;
+    if (!generator->generate({texts, 2}, options, go_on, nullptr).is_ok()) return;
+    (void)generator->rewind(0, 1).is_ok();
+    (void)generator->feed({texts, 2}).is_ok();
+  }
+}
+
 // Runs the model on zeros of the smallest sizes that it takes; whether it opened.
 bool open_and_run(sqc::Span<const std::uint8_t> file) {
   std::shared_ptr<const sqc::Model> model;
   if (!sqc::Model::from_bytes(file, &model).is_ok()) return false;
+  generate(model);
   std::unique_ptr<sqc::Session> session;
   if (!sqc::Session::create(model, 1, sqc::best_isa(), &session).is_ok()) return true;
   const sqc::Plan& plan = model->plan();
