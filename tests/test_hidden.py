@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sqcompile import PassContext, trace
+from sqcompile.calibration import Calibration
 from sqcompile.distillation import distill_states
 from sqcompile.errors import InputError, SelectionError
 from sqcompile.hidden import HiddenStates
-from sqcompile.passes import FineTune, RemoveChannels, pipelines
+from sqcompile.passes import Calibrate, FineTune, InsertObservers, RemoveChannels, pipelines
 from sqcompile.pipeline import PassManager
+from sqcompile.quantization.trainable import TrainableQuantized
 from sqcompile.training import Trainable
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -68,6 +70,20 @@ def test_states_carry_gradients_and_end_with_their_watch() -> None:
     states.close()
     assert isinstance(module(IMAGES + 1), dict)
     assert states["blocks.0"] is first, "nothing is kept after the end"
+
+
+def test_a_program_under_quantization_shows_its_states() -> None:
+    original = model()
+    program = trace(original, (IMAGES,))
+    context = PassContext(calibration=Calibration([IMAGES], program.signature))
+    PassManager([*pipelines.canonical(), InsertObservers(), Calibrate()]).run(program, context)
+    module = TrainableQuantized(program)
+    with HiddenStates(original, NAMES) as wanted, HiddenStates(module, NAMES) as states:
+        original(IMAGES)
+        module(IMAGES)
+    for name in ("blocks.0", "head"):  # a folded batch norm is part of the convolution before it
+        error = (states[name] - wanted[name]).norm() / wanted[name].norm()
+        assert 0 < float(error) < 0.05, "8 bits round, and no more"
 
 
 def test_hooks_of_the_teacher_go() -> None:
