@@ -140,6 +140,14 @@ class NativeSession(Session):
         self, prompts: Sequence[NDArray[np.int64]], max_new_tokens: int, kv_cache: str
     ) -> TextGenerator:
         """Return an empty generator with room for a call; it is kept for the next one."""
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
+            raise InputError(
+                "Tokens are counted in whole numbers.",
+                where="max_new_tokens",
+                seen=repr(max_new_tokens),
+                expected="a number from 0 on",
+                next_step="pass an int",
+            )
         needed = max((len(prompt) for prompt in prompts), default=1) + max(max_new_tokens - 1, 0)
         if needed > self.model.limit:
             raise InputError(

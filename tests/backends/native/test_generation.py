@@ -472,6 +472,8 @@ def test_mistakes_are_named() -> None:
         (lambda: session.generator(capacity=0), "a row for 0 tokens; the model takes 1 to 48"),
         (lambda: session.generator(kv_cache="int3"), "There is no such cache"),
         (lambda: session.generate(torch.tensor([3, 4]), 2), "Prompts are rows of tokens"),
+        (lambda: session.generate([[3]], 2.5), "max_new_tokens"),  # type: ignore[arg-type]
+        (lambda: generator.generate({1: [3]}, 2**63 - 1), "the cache overflows"),
         (lambda: session.generate([[3] * 40], 10), "longer than the model takes"),
     ]
     for number, (call, text) in enumerate(cases):

@@ -33,7 +33,8 @@ Status Generator::create(std::shared_ptr<const Model> model, int threads, Isa is
   if (model->generation() == nullptr) {
     return Status::error(StatusCode::kUnsupported, "the model has no plan that continues texts");
   }
-  const std::int64_t limit = model->generation_settings().limit;
+  // Whatever the file says: positions that are counted in 32 bits leave room for sums.
+  const std::int64_t limit = std::min<std::int64_t>(model->generation_settings().limit, INT32_MAX);
   if (capacity < 1 || capacity > limit) {
     return Status::error(StatusCode::kInvalidArgument, "a row for %lld tokens; the model takes 1 to %lld", wide(capacity),
                          wide(limit));
@@ -209,8 +210,7 @@ Status Generator::generate(Span<const RowTokens> prompts, const GenerateOptions&
   SQC_RETURN_IF_ERROR(check(prompts));
   for (const RowTokens& prompt : prompts) {
     // The last new token needs no place.
-    const std::int64_t needed = prompt.count + std::max<std::int64_t>(options.max_new_tokens - 1, 0);
-    if (needed <= capacity_ - length(prompt.row)) continue;
+    if (options.max_new_tokens - 1 <= capacity_ - length(prompt.row) - prompt.count) continue;
     return Status::error(StatusCode::kInvalidArgument,
                          "the cache overflows: %lld tokens and %lld new ones do not fit behind the %lld of row %lld, which "
                          "has room for %lld",
