@@ -7,7 +7,7 @@ standard library without those modules. The training function is plain PyTorch: 
 those of the dense model (`--labels` mixes in the text's own next tokens). Only one thread of the CPU is used.
 
 - `half`, `most`: 50 % and 70 % of the weights pruned (SparseGPT), distilled with the masks held, then 4 bits
-  (GPTQ); beside the dense model in one shot at 3 and at 2 bits (GPTQ), which take as many bytes.
+  (GPTQ); beside the dense model in one shot at 3 and at 2 bits (GPTQ), which take about as many bytes.
 - `narrow`: a quarter of the FFN's neurons and of the attention heads removed with compensation, then distilled.
 
 Bytes are those of the stored linear layers, without embedding and head: scales, zero points, and codes; where weights
