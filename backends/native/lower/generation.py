@@ -14,6 +14,8 @@ different lengths need no padding.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -38,6 +40,9 @@ NEW, LAST, ALL = "new", "last", "all"
 TOKENS, ROWS, KEYS = (sympy.Symbol(name, integer=True, positive=True) for name in ("tokens", "rows", "keys"))
 _SIZES = {NEW: TOKENS, LAST: ROWS, ALL: KEYS}
 _LARGEST = 2**31 - 1
+_FRAMES = 6  # of Python, for each step
+_FRAME_BYTES = 1024  # of the C stack, where Python uses it (3.10)
+_LARGEST_STACK = 1 << 30
 _AFFINE, _AFFINE_TENSOR = 2, 3  # what quantize_rows takes its scale from
 
 Role: TypeAlias = str | tuple[int | str, ...] | None
@@ -63,6 +68,10 @@ def generation_of(plan: Plan) -> Generation:
     Raises:
         NoGenerationError: If the plan is no causal language model, as far as the rules can show.
     """
+    return _with_deep_stack(lambda: _rewritten(plan), len(plan.steps))
+
+
+def _rewritten(plan: Plan) -> Generation:
     stored = len(plan.tensors)
     try:
         first = _Rewriter(plan, frozenset())
@@ -70,6 +79,32 @@ def generation_of(plan: Plan) -> Generation:
     finally:
         del plan.tensors[stored:]
     return _Rewriter(plan, frozenset(first.made)).run()
+
+
+def _with_deep_stack(work: Callable[[], Generation], steps: int) -> Generation:
+    """Follow a plan backward by recursion, which is as deep as the model: on a stack that has room for it."""
+    results: list[Generation] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    limit, size = sys.getrecursionlimit(), threading.stack_size()
+    sys.setrecursionlimit(limit + _FRAMES * steps)
+    threading.stack_size(min(_LARGEST_STACK, (16 << 20) + _FRAME_BYTES * _FRAMES * steps))
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+        sys.setrecursionlimit(limit)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class _Rewriter:
@@ -92,6 +127,7 @@ class _Rewriter:
         assert isinstance(self.sequence, sympy.Symbol)
         one = {batch: 1} if isinstance(batch, sympy.Symbol) else {}
         self.one: dict[sympy.Symbol, int] = one
+        self._sizes: dict[Size, Size] = {}
         self.shapes: dict[int, Shape] = {
             value.index: tuple(self._without_batch(size) for size in value.shape) for value in plan.values
         }
@@ -141,7 +177,11 @@ class _Rewriter:
         return min((size for size in sizes if isinstance(size, int)), default=0)
 
     def _without_batch(self, size: Size) -> Size:
-        return as_size(size.subs(self.one)) if isinstance(size, sympy.Expr) else size
+        if not isinstance(size, sympy.Expr):
+            return size
+        if size not in self._sizes:
+            self._sizes[size] = as_size(size.subs(self.one))
+        return self._sizes[size]
 
     # --- values -----------------------------------------------------------------------------------
 

@@ -327,6 +327,27 @@ def test_a_file_of_version_2_keeps_its_meaning() -> None:
     assert found == {0: [6, 9, 2, 9, 2, 0, 2, 0], 1: [6, 5, 1, 5, 1, 5, 1, 5]}
 
 
+def test_models_may_be_deep() -> None:
+    """Following a plan backward must not end at Python's limit of recursion."""
+    import sys
+
+    class Deep(_Attention):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.table(input_ids)
+            for _ in range(400):
+                x = (x * 0.5).sin() + x
+            result: Tensor = super().forward(input_ids) + self.head(x)
+            return result
+
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(2000)
+    try:
+        assert _reason(_traced(Deep(lambda places: None, causal=True))) is None
+        assert sys.getrecursionlimit() == 2000
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def test_batches_of_tensors_with_padding_on_either_side() -> None:
     session = _llama()
     ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14, 15, 0, 0]])
