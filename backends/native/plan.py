@@ -7,7 +7,7 @@ evaluates them when it sees a call. `cpp/engine/operators.inc` lists the operato
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -147,6 +147,44 @@ class Plan:
         made = [self._add(dtype, shape, "computed") for dtype, shape in outputs]
         self.steps.append(Step(operator, tuple(inputs), tuple(made), tuple(ints), tuple(floats), name))
         return made
+
+    def add_computed(self, dtype: str, shape: Shape) -> Value:
+        """Add a value that a step will compute."""
+        return self._add(dtype, shape, "computed")
+
+    def add_shared(self, dtype: str, shape: Shape, source: int, layout: str) -> Value:
+        """Add a constant whose tensor is stored already."""
+        return self._add(dtype, shape, "constant", source, layout)
+
+    def renumber(self, places: Mapping[int, int]) -> None:
+        """Number values anew, without those that no step uses; tensor `source` is now `places[source]`."""
+        renamed: dict[Value, Value] = {}
+        old, self.values, self._known = self.values, [], {}
+
+        def rename(value: Value) -> Value:
+            if value not in renamed:
+                source = places[value.source] if value.kind == "constant" else value.source
+                renamed[value] = self._add(value.dtype, value.shape, value.kind, source, value.layout)
+            return renamed[value]
+
+        self.inputs = [(name, rename(value)) for name, value in self.inputs]
+        used = {value for step in self.steps for value in (*step.inputs, *step.outputs)}
+        used |= {value for _, value in self.outputs}
+        for value in old:
+            if value in used:
+                rename(value)
+        self.steps = [
+            Step(
+                step.operator,
+                tuple(None if value is None else rename(value) for value in step.inputs),
+                tuple(rename(value) for value in step.outputs),
+                step.ints,
+                step.floats,
+                step.name,
+            )
+            for step in self.steps
+        ]
+        self.outputs = [(name, rename(value)) for name, value in self.outputs]
 
     def _add(self, dtype: str, shape: Shape, kind: str, source: int = 0, layout: str = "plain") -> Value:
         value = Value(len(self.values), dtype, tuple(shape), kind, source, layout)

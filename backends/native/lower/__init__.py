@@ -5,12 +5,14 @@ shapes.py, elementwise.py, reductions.py, products.py, quantized.py    that tabl
 generation.py   the plan that continues texts; positions.py: what it has to know
 linears.py      products with quantized weights; weights.py: their packed forms
 patterns.py     several operators that are one step
+fuse.py         several steps that are one
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +26,7 @@ from sqcompile.backends.native.lower import (  # noqa: F401  (each registers its
     shapes,
 )
 from sqcompile.backends.native.lower.context import CHECKS, DTYPES, TABLE, Lowering, constant_nodes, is_size
+from sqcompile.backends.native.lower.fuse import drop_unused_tensors, fuse
 from sqcompile.backends.native.lower.generation import NoGenerationError, generation_of
 from sqcompile.backends.native.lower.patterns import find_patterns
 from sqcompile.backends.native.plan import Plan
@@ -100,6 +103,11 @@ def lower(program: Program) -> tuple[Plan, list[str]]:
     except NoGenerationError as error:
         metadata["no_generation"] = str(error)
     plan.metadata = json.dumps(metadata)
+    plans = [plan] if plan.generation is None else [plan, plan.generation.plan]
+    merged: dict[Any, int] = {}
+    for part in plans:
+        fuse(part, merged)
+    drop_unused_tensors(*plans)
     return plan, context.notes
 
 

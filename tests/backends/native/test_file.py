@@ -138,7 +138,7 @@ def test_a_whole_file_opens_and_runs(whole: bytes, program: Program, tmp_path: P
         "linear_q4",
         "linear_q4_sparse",
         "attention",
-        "layer_norm",
+        "norm_rows",
         "index",
     } <= steps
     (tmp_path / "model.sqm").write_bytes(whole)

@@ -137,8 +137,10 @@ def test_weights_alone(text: str, sparsity: float, operator: str, lower: Lower, 
     program = _quantized(entry, [*passes, QuantizeWeights(weight=Format.parse(text))])
     session = load(lower(program))
     steps = _steps(session)
-    # Of few codes many are zero without any mask, which may be reason enough for a sparse form.
-    assert steps[operator] + (0 if sparsity else steps["linear_q4_sparse"]) == 15
+    # Fifteen layers: q, k and v of each block are one product where they have one form, so are gate and up. Of
+    # few codes many are zero without any mask, which may be reason enough for a sparse form.
+    products = steps[operator] + (0 if sparsity else steps["linear_q4_sparse"])
+    assert products == 9 if sparsity or not steps["linear_q4_sparse"] else 9 <= products <= 15
     for inputs in _batches(entry, program, 2):
         for result, expected in zip(session.run(inputs), program.run(inputs), strict=True):
             difference = (result - expected.detach()).norm() / expected.detach().norm()
@@ -151,7 +153,7 @@ def test_a_format_without_kernel_is_multiplied_in_float_and_said(lower: Lower, l
     artifact = lower(program)
     assert sum("no integer kernel has its format" in note for note in artifact.notes) == 15
     session = load(artifact)
-    assert _steps(session)["linear"] == 15
+    assert _steps(session)["linear"] == 9  # q, k and v are one, and so are gate and up
     inputs = _batches(entry, program, 1)[0]
     expected = program.run(inputs)[0].detach()
     torch.testing.assert_close(

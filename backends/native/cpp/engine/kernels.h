@@ -15,6 +15,7 @@
 #include "kernels/qgemm/qgemm.h"
 #include "kernels/qsparse/qsparse.h"
 #include "kernels/quantize/quantize.h"
+#include "kernels/rope/rope.h"
 #include "kernels/softmax/softmax.h"
 
 namespace sqc {
@@ -33,6 +34,7 @@ struct Kernels {
         qsparse(qsparse_kernel(isa)),
         q4sparse(q4sparse_kernel(isa)),
         qblock(qblock_kernel(isa)),
+        rope(rope_kernel(isa)),
         softmax(softmax_kernel(isa)) {}
 
   Isa isa;
@@ -47,6 +49,7 @@ struct Kernels {
   Kernel<QsparseFunction> qsparse;
   Kernel<Q4sparseFunction> q4sparse;
   Kernel<QblockFunction> qblock;
+  Kernel<RopeFunction> rope;
   Kernel<SoftmaxFunction> softmax;
 };
 

@@ -5,40 +5,12 @@
 #include "engine/kernels.h"
 #include "engine/operators.h"
 #include "engine/ops/iterate.h"
+#include "engine/ops/quantized_rows.h"
 
 namespace sqc {
 namespace {
 
-constexpr std::int64_t round_up(std::int64_t x, std::int64_t unit) noexcept { return (x + unit - 1) / unit * unit; }
-
 // --- quantize_rows -----------------------------------------------------------------------------------
-
-// What ints[0] says: where the scale comes from.
-enum class RowScale : std::int64_t {
-  given,           // inputs 1 and 2, for the whole tensor
-  symmetric,       // each row's own, or each group's
-  affine,          // each row's own, with a zero point
-  affine_tensor,   // the whole tensor's own, with a zero point
-};
-
-struct RowOptions {
-  RowScale scale;
-  bool is_signed;
-  std::int64_t scale_group, sum_group, m, k, k_padded, groups;
-};
-
-RowOptions row_options(const Operands& c) noexcept {
-  RowOptions o;
-  o.scale = static_cast<RowScale>(c.integer(0));
-  o.is_signed = c.integer(1) != 0;
-  o.scale_group = c.integer(2);
-  o.sum_group = c.integer(3);
-  o.m = c.in(0).rows();
-  o.k = c.in(0).columns();
-  o.k_padded = round_up(o.k, o.sum_group > 0 ? o.sum_group : 4);
-  o.groups = o.sum_group > 0 ? o.k_padded / o.sum_group : 1;
-  return o;
-}
 
 // The scale and zero point of all of x, by the formula of kernels/quantize for one row.
 void tensor_scale(const float* x, std::int64_t count, float* scale, std::int32_t* zero_point) noexcept {
@@ -66,67 +38,22 @@ void tensor_scale(const float* x, std::int64_t count, float* scale, std::int32_t
 // whether codes are signed, columns that share a scale (0: a row), columns that share a sum (0: a row).
 // Outputs: codes [M, stride >= K padded], scale [M], [M, groups] or [1], zero point [M] or [1], sum [M, groups].
 Status prepare_quantize_rows(PrepareContext& c) noexcept {
-  const Tensor &x = c.in(0), &codes = c.out(0), &scale = c.out(1), &zero = c.out(2), &sum = c.out(3);
+  const Tensor& x = c.in(0);
   SQC_REQUIRE(x.dtype == DType::f32 && x.rank >= 1 && x.is_contiguous());
-  SQC_REQUIRE(c.integer(0) >= 0 && c.integer(0) <= 3 && (c.integer(1) == 0 || c.integer(1) == 1));
-  SQC_REQUIRE(c.integer(2) >= 0 && c.integer(3) >= 0 && c.integer(3) <= 65536 && c.integer(3) % 16 == 0);
-  const RowOptions o = row_options(c);
-  SQC_REQUIRE(o.scale_group == 0 || (o.scale_group == o.sum_group && o.scale == RowScale::symmetric));
-  SQC_REQUIRE(!o.is_signed || o.scale == RowScale::given || o.scale == RowScale::symmetric);
-  if (o.scale == RowScale::given) {
-    SQC_REQUIRE(c.has(1) && c.has(2) && c.in(1).dtype == DType::f32 && c.in(2).dtype == DType::i32);
-    SQC_REQUIRE(c.in(1).count() == 1 && c.in(2).count() == 1);
-  }
-  SQC_REQUIRE(codes.dtype == (o.is_signed ? DType::i8 : DType::u8) && codes.rank == 2);
-  SQC_REQUIRE(codes.shape[0] == o.m && codes.shape[1] >= o.k_padded);
-  const bool one = o.scale == RowScale::given || o.scale == RowScale::affine_tensor;
-  SQC_REQUIRE(scale.dtype == DType::f32 && scale.count() == (one ? 1 : o.scale_group > 0 ? o.m * o.groups : o.m));
-  SQC_REQUIRE(zero.dtype == DType::i32 && zero.count() == (o.scale == RowScale::affine ? o.m : 1));
-  SQC_REQUIRE(sum.dtype == DType::i32 && sum.count() == o.m * o.groups);
-  return Status::ok();
+  return check_rows(c, RowOperands{0, 1, 0});
 }
 
 Status run_quantize_rows(RunContext& c) noexcept {
-  const RowOptions o = row_options(c);
-  const Tensor& codes = c.out(0);
-  float* scale = c.out(1).as<float>();
-  auto* zero = c.out(2).as<std::int32_t>();
-  QuantizeParams params = {};
-  params.is_signed = o.is_signed;
-  params.m = o.m;
-  params.k = o.k;
+  QuantizeParams params = row_params(c, RowOperands{0, 1, 0});
   params.x = c.in(0).as<float>();
-  params.x_stride = o.k;
-  params.codes = codes.data;
-  params.code_stride = codes.shape[1];
-  params.k_padded = o.k_padded;
-  params.scale_group = o.scale_group;
-  params.sum_group = o.sum_group;
-  params.scale = scale;
-  params.zero_point = zero;
-  params.sum = c.out(3).as<std::int32_t>();
-  switch (o.scale) {
-    case RowScale::symmetric:
-      params.mode = QuantizeMode::symmetric;
-      *zero = o.is_signed ? 0 : 128;
-      params.zero_point = nullptr;
-      break;
-    case RowScale::affine: params.mode = QuantizeMode::affine; break;
-    case RowScale::given: {
-      params.mode = QuantizeMode::static_scale;
-      *scale = *c.in(1).as<float>();
-      *zero = *c.in(2).as<std::int32_t>();
-      break;
-    }
-    case RowScale::affine_tensor:
-      params.mode = QuantizeMode::static_scale;
-      tensor_scale(params.x, o.m * o.k, scale, zero);
-      break;
-  }
+  params.x_stride = params.k;
   // A tensor that is not finite has the scale NaN, and so has its product. The kernel refuses such a scale;
   // the codes do not matter.
   float one = 1.0f;
-  if (o.scale == RowScale::affine_tensor && *scale != *scale) params.scale = &one;
+  if (row_scale(c, 0) == RowScale::affine_tensor) {
+    tensor_scale(params.x, params.m * params.k, params.scale, params.zero_point);
+    if (*params.scale != *params.scale) params.scale = &one;
+  }
   return quantize(c.pool, c.kernels.quantize, params);
 }
 
