@@ -306,7 +306,8 @@ def test_sizes_that_are_fixed_are_named() -> None:
 def test_every_operator_has_a_rule() -> None:
     """A new operator needs a line in lower/generation.py, or models with it stop generating."""
     names = {name for name, _ in _native.operators()}
-    assert names - set(_RULES) == {"cached_attention", "append"}
+    made_later = {"norm_rows", "activation_rows", "rope"}  # by fusion, which follows
+    assert names - set(_RULES) == {"cached_attention", "append"} | made_later
     assert set(_RULES) <= names
 
 
