@@ -1,0 +1,202 @@
+"""BERT-base, one sequence: the native engine, dense and in blocks, beside ONNX Runtime's int8.
+
+    python benchmarks/encoder.py [--layers 12] [--sequence 128] [--rounds 15] [--quick] [--json out.json]
+
+Random weights: speed does not depend on values, but for how many are zero, which magnitude pruning decides.
+The contenders take turns; ratios are medians of the turns' ratios. ONNX Runtime gets its own quantizers, dynamic
+and static (QDQ, activations u8, weights s8 a channel), after its transformer optimizer where that is installed;
+the best of them counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from common import alternate, median_ratio, spread, write_json
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from rich.console import Console
+from rich.table import Table
+
+from sqcompile.backends.native.backend import BACKEND
+from sqcompile.backends.native.kernels import default_isa
+from sqcompile.calibration import Calibration
+from sqcompile.passes import ApplyMasks, MaskWeights, pipelines
+from sqcompile.passes.quantize import (
+    Calibrate,
+    FoldQDQ,
+    FreezeObservers,
+    InsertObservers,
+    QuantizeWeights,
+)
+from sqcompile.pipeline import Pass, PassContext
+from sqcompile.pipeline.manager import PassManager
+from sqcompile.quantization.format import Format
+from sqcompile.tracing import trace
+
+TOKEN = Format.parse("uint8:affine:token:dynamic")
+BLOCKS: list[Pass] = [MaskWeights(sparsity=0.8, pattern="1x4"), ApplyMasks()]
+DYNAMIC: list[Pass] = [QuantizeWeights(activation=TOKEN)]
+STATIC: list[Pass] = [InsertObservers(), Calibrate(), FreezeObservers(), FoldQDQ()]
+OURS: dict[str, list[Pass]] = {
+    "native int8, a scale a token": DYNAMIC,
+    "native int8, static": STATIC,
+    "native int8, 80 % 1x4 blocks": [*BLOCKS, *DYNAMIC],
+}
+TARGETS = {
+    "native int8, a scale a token": 1.4,
+    "native int8, static": 1.4,
+    "native int8, 80 % 1x4 blocks": 2.5,
+}
+VOCABULARY = 30522
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--sequence", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="three rounds, without the static contenders")
+    parser.add_argument("--profile", action="store_true", help="say where our time goes, by operator")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    if options.quick:
+        options.rounds = 3
+    model = _model(options.layers)
+    ids = torch.randint(0, VOCABULARY, (1, options.sequence), generator=torch.Generator().manual_seed(0))
+    calls: dict[str, Callable[[], Any]] = {}
+    sessions = {}
+    for name, passes in OURS.items():
+        if options.quick and passes is STATIC:
+            continue
+        sessions[name] = session = _native(model, ids, passes, options.threads)
+        calls[name] = lambda session=session: session.inner.run([ids.numpy()])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in _exported(model, ids, Path(folder), static=not options.quick).items():
+            calls[name] = _onnxruntime(path, ids, options.threads)
+        times = alternate(calls, runs=options.rounds)
+    _print(times, options)
+    if options.profile:
+        for name, session in sessions.items():
+            _print_profile(name, session, [ids.numpy()])
+
+
+def _model(layers: int) -> Any:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_hidden_layers=layers)).eval()
+
+
+def _native(model: Any, ids: torch.Tensor, passes: list[Pass], threads: int) -> Any:
+    program = trace(model, {"input_ids": ids})
+    calibration = Calibration([{"input_ids": ids}], program.signature)
+    manager = PassManager([*pipelines.canonical(), *passes], verify="off")
+    manager.run(program, PassContext(calibration=calibration))
+    return BACKEND.load(BACKEND.lower(program), threads=threads)
+
+
+class _Calls(CalibrationDataReader):
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.left = [{"input_ids": ids.numpy()}]
+
+    def get_next(self) -> dict[str, Any] | None:
+        return self.left.pop() if self.left else None
+
+
+def _exported(model: Any, ids: torch.Tensor, folder: Path, *, static: bool) -> dict[str, Path]:
+    """Export to ONNX and quantize by ONNX Runtime's own tools."""
+    plain, ready = folder / "float.onnx", folder / "ready.onnx"
+
+    class Outputs(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            result = self.model(input_ids)
+            return result.last_hidden_state, result.pooler_output
+
+    torch.onnx.export(
+        Outputs(), (ids,), plain, input_names=["input_ids"], dynamo=True, verbose=False, external_data=False
+    )
+    quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
+    found = {"ONNX Runtime float32": plain, "ONNX Runtime int8, dynamic": folder / "dynamic.onnx"}
+    quantize_dynamic(
+        ready, found["ONNX Runtime int8, dynamic"], weight_type=QuantType.QInt8, per_channel=True
+    )
+    if static:
+        found["ONNX Runtime int8, static"] = path = folder / "static.onnx"
+        quantize_static(
+            ready,
+            path,
+            _Calls(ids),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    return found
+
+
+def _onnxruntime(path: Path, ids: torch.Tensor, threads: int) -> Callable[[], Any]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    inputs = {"input_ids": ids.numpy()}
+    return lambda: session.run(None, inputs)
+
+
+def _print(times: dict[str, list[float]], options: argparse.Namespace) -> None:
+    best = min(
+        (name for name in times if name.startswith("ONNX Runtime int8")),
+        key=lambda name: statistics.median(times[name]),
+    )
+    table = Table("", "time", f"over {best}", "target")
+    rows = []
+    for name, values in times.items():
+        ratio = median_ratio(times[best], values)
+        target = TARGETS.get(name)
+        table.add_row(name, spread(values), f"{ratio:.2f}", "" if target is None else f"{target}")
+        rows.append({"contender": name, "times_ns": values, "over_best_peer": ratio, "target": target})
+    Console(width=120).print(table)
+    settings = {key: str(value) for key, value in vars(options).items()}
+    write_json(options.json, "encoder", rows, isa=default_isa(), best_peer=best, **settings)
+
+
+def _print_profile(name: str, session: Any, inputs: list[Any]) -> None:
+    times = np.median([session.inner.profile(inputs) for _ in range(7)], axis=0)
+    parts: dict[str, float] = {}
+    for (operator, _), time_ns in zip(session.model.steps, times, strict=True):
+        parts[operator] = parts.get(operator, 0.0) + float(time_ns)
+    total = sum(parts.values())
+    table = Table(name, "ms", "share")
+    for operator, time_ns in sorted(parts.items(), key=lambda item: -item[1])[:12]:
+        table.add_row(operator, f"{time_ns / 1e6:.2f}", f"{time_ns / total:.0%}")
+    Console(width=80).print(table)
+
+
+if __name__ == "__main__":
+    main()
