@@ -2,7 +2,8 @@
 # `make test` need only a Python (3.10 or newer) and a C++17 compiler.
 #
 #   make demo          compile a small model end to end and print what it gained
-#   make test          all tests                      make test ARGS="-k wanda -x"
+#   make test          all tests, less than 20 minutes  make test ARGS="-k wanda -x"
+#   make test-long     those that take minutes each
 #   make lint          ruff: rules and formatting     make format   applies both
 #   make types         mypy, strict, over the three packages
 #   make docs          write the pages that are made from the code
@@ -23,7 +24,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test lint format types docs wheel-check clean
+.PHONY: help venv demo test test-long lint format types docs wheel-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -78,7 +79,11 @@ demo: $(PACKAGE)
 # for each other. A file's tests stay in one process, which makes its trained models once.
 test: export OMP_NUM_THREADS = 1
 test: $(PACKAGE)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile -m "not long" $(ARGS)
+
+test-long: export OMP_NUM_THREADS = 1
+test-long: $(PACKAGE)
+	$(PY) -m pytest -m long $(ARGS)
 
 lint: $(PACKAGE)
 	$(PY) -m ruff check .

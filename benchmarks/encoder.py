@@ -4,7 +4,7 @@
 
 Random weights: speed does not depend on values, but for how many are zero, which magnitude pruning decides.
 The contenders take turns; ratios are medians of the turns' ratios. ONNX Runtime gets its own quantizers, dynamic
-and static (QDQ, activations u8, weights s8 a channel), after its transformer optimizer where that is installed;
+and static (QDQ, activations u8, weights s8 a channel), after its `quant_pre_process` (shapes, graph optimization);
 the best of them counts.
 """
 

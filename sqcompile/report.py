@@ -246,8 +246,8 @@ def value_format(node: fx.Node) -> str:
     text = f"{'int' if qmin < 0 else 'uint'}{(qmax - qmin).bit_length()}"
     codes = node.args[0]
     if getattr(getattr(getattr(codes, "target", None), "_schema", None), "name", "") == "sqcompile::lookup":
-        levels = codes.args[1].meta["val"]  # type: ignore[union-attr]
-        text = f"table of {levels.numel()}"
+        table = codes.args[1].meta["val"]  # type: ignore[union-attr]
+        text = f"table of {table.numel()}"
     axis, group = argument(node, 3), argument(node, 4)
     if group == -1:
         text += ":token"

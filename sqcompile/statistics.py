@@ -79,9 +79,9 @@ def stored_bits(program: Program) -> dict[str, float]:
                 fixed = bool((program.tensor(zero) == middle_code(qmin, qmax)).all())
                 bits[str(zero.target)] = 0 if fixed else width
         elif name == "lookup" and isinstance(source, fx.Node) and source.op == "get_attr":
-            levels = node.args[1]
-            assert isinstance(levels, fx.Node)
-            bits[str(source.target)] = (levels.meta["val"].numel() - 1).bit_length()
+            table = node.args[1]
+            assert isinstance(table, fx.Node)
+            bits[str(source.target)] = (table.meta["val"].numel() - 1).bit_length()
         elif name == "mask" and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
             bits[str(node.args[1].target)] = 1
     return bits

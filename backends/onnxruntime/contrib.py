@@ -80,9 +80,9 @@ LOOKUP = values.Op(
         "Lookup",
         LOOKUP_DOMAIN,
         VERSION,
-        inputs=[_parameter("codes", "C"), _parameter("levels", "L")],
-        outputs=[_parameter("y", "L")],
-        type_constraints=[("C", [_CODES], "indices"), ("L", ["tensor(int8)"], "levels")],
+        inputs=[_parameter("codes", "C"), _parameter("table", "E")],
+        outputs=[_parameter("y", "E")],
+        type_constraints=[("C", [_CODES], "indices"), ("E", ["tensor(int8)"], "entries")],
         attributes=[],
     ),
 )

@@ -89,9 +89,9 @@ def global_average_pool(x: Any) -> Any:
     return op.GlobalAveragePool(x)
 
 
-def lookup(codes: Any, levels: Any) -> Any:
+def lookup(codes: Any, table: Any) -> Any:
     """Indices into a table, as one operator until the model is exported; see `weights.look_up_at_load`."""
-    return LOOKUP(codes, levels)
+    return LOOKUP(codes, table)
 
 
 def _granularity(axis: int | None, block_size: int | None) -> dict[str, int]:

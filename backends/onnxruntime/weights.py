@@ -61,11 +61,11 @@ def look_up_at_load(model: ir.Model) -> int:
     for node in list(model.graph):
         if (node.domain, node.op_type) != (LOOKUP_DOMAIN, "Lookup"):
             continue
-        codes, levels = node.inputs
+        codes, table = node.inputs
         cast = ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{node.name}/Cast")
         cast.outputs[0].name = f"{node.outputs[0].name}/codes"
-        gather = ir.node("Gather", [levels, cast.outputs[0]], name=f"{node.name}/Gather")
-        gather.outputs[0].name = f"{node.outputs[0].name}/levels"
+        gather = ir.node("Gather", [table, cast.outputs[0]], name=f"{node.name}/Gather")
+        gather.outputs[0].name = f"{node.outputs[0].name}/entries"
         for made, dtype in ((cast, ir.DataType.INT32), (gather, ir.DataType.INT8)):
             made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, ir.TensorType(dtype)
         model.graph.insert_before(node, [cast, gather])

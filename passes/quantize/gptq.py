@@ -212,8 +212,8 @@ def _grid(scale: Tensor, zero_point: Tensor, format: Format, depth: int, fitted:
     group_size = format.granularity.size if isinstance(format.granularity, PerGroup) else depth
     rows = scale.reshape(-1, 1) if scale.dim() < 2 else scale
     shifts = zero_point.reshape(rows.shape)
-    levels = None if fitted is None else fitted.levels
-    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, levels)
+    table = None if fitted is None else fitted.table
+    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, table)
 
 
 def _store(

@@ -86,12 +86,12 @@ def _dequantize_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     return None, to_scale.to(gradient.dtype), None, None, None, None, None
 
 
-def _lookup(codes: Tensor, levels: Tensor) -> Tensor:
-    return lookup.lookup(codes, levels)
+def _lookup(codes: Tensor, table: Tensor) -> Tensor:
+    return lookup.lookup(codes, table)
 
 
-def _lookup_fake(codes: Tensor, levels: Tensor) -> Tensor:
-    return torch.empty_like(codes, dtype=levels.dtype)
+def _lookup_fake(codes: Tensor, table: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=table.dtype)
 
 
 def _dynamic_scale(
@@ -218,7 +218,7 @@ def _register(library: torch.library.Library) -> None:
         _dequantize_backward,
         _dequantize_context,
     )
-    add("lookup(Tensor codes, Tensor levels) -> Tensor", _lookup, _lookup_fake, _no_gradient(2), _detach)
+    add("lookup(Tensor codes, Tensor table) -> Tensor", _lookup, _lookup_fake, _no_gradient(2), _detach)
     add(
         f"dynamic_scale(Tensor x, {_GRANULARITY}, bool symmetric) -> (Tensor scale, Tensor zero_point)",
         _dynamic_scale,

@@ -1,4 +1,4 @@
-"""Codes that are indices into a table of levels: encoding, decoding, and fitting table and scale.
+"""Codes that are indices into a table: encoding, decoding, and fitting table and scale.
 
 Scales cover groups of values as those of affine codes do; `sqcompile.quantization.mappings` has the tables.
 """
@@ -16,9 +16,9 @@ from sqcompile.errors import InputError
 from sqcompile.quantization import affine
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
-from sqcompile.quantization.mappings import LARGEST_LEVEL, Codebook, Mapping
+from sqcompile.quantization.mappings import LARGEST_ENTRY, Codebook, Mapping
 
-# Of normalized weights, for choosing a table: four a level.
+# Of normalized weights, for choosing a table: four to an entry.
 _BINS = 1024
 
 # Scales tried for each group, from covering its largest value down to a fifth of that.
@@ -31,31 +31,31 @@ class Fitted:
 
     Attributes:
         mapping: The mapping with its parameters chosen.
-        levels: Level of each code, int8 [2**bits].
+        table: Value of each code in steps of the scale, int8 [2**bits].
         scale: float32, as `format.granularity.scale_shape`.
     """
 
     mapping: Mapping
-    levels: Tensor
+    table: Tensor
     scale: Tensor
 
 
-def lookup(codes: Tensor, levels: Tensor) -> Tensor:
-    """Return the level of each code. Shapes: codes [...], levels [2**bits]; result as codes."""
-    return levels[codes.long()]
+def lookup(codes: Tensor, table: Tensor) -> Tensor:
+    """Return the entry of each code. Shapes: codes [...], table [2**bits]; result as codes."""
+    return table[codes.long()]
 
 
-def encode(steps: Tensor, levels: Tensor) -> Tensor:
-    """Return the code of the nearest level, the lower of two equally near.
+def encode(steps: Tensor, table: Tensor) -> Tensor:
+    """Return the code of the nearest entry, the lower of two equally near.
 
     Args:
         steps: Values divided by their scale, [...].
-        levels: Ascending, [2**bits].
+        table: Ascending, [2**bits].
 
     Returns:
         uint8 codes, [...].
     """
-    exact = levels.float()
+    exact = table.float()
     return torch.bucketize(steps, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
 
 
@@ -91,49 +91,49 @@ def fit(
     widest = _widest_scale(weight, format)
     mapping, scale = _choose(weight, widest, format, errors)
     if search == "mse":
-        scale, error = _best_scale(weight, widest, mapping.levels(format.bits), format, errors)
+        scale, error = _best_scale(weight, widest, mapping.table(format.bits), format, errors)
         if mapping != format.mapping:  # the table was chosen for other scales
             other, _ = _choose(weight, scale, format, errors)
-            other_scale, other_error = _best_scale(weight, widest, other.levels(format.bits), format, errors)
+            other_scale, other_error = _best_scale(weight, widest, other.table(format.bits), format, errors)
             if other_error < error:
                 mapping, scale = other, other_scale
-    return Fitted(mapping, mapping.levels(format.bits).to(weight.device), scale)
+    return Fitted(mapping, mapping.table(format.bits).to(weight.device), scale)
 
 
 def _widest_scale(weight: Tensor, format: Format) -> Tensor:
     low, high = affine.block_range(weight, *format.granularity.pair)
-    scale = torch.maximum(-low, high).clamp(min=0).float() / LARGEST_LEVEL
+    scale = torch.maximum(-low, high).clamp(min=0).float() / LARGEST_ENTRY
     return torch.where(scale == 0, 1.0, scale.clamp(min=affine.SMALLEST_SCALE))
 
 
 def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Mapping, Tensor]:
     """Return the mapping whose table has the least error with these scales, and the scales that go with it.
 
-    A fitted table is stretched to the whole range of levels, and its scales shrink alike.
+    A fitted table is stretched to the whole range of entries, and its scales shrink alike.
     """
     candidates = format.mapping.candidates()
-    fitted = isinstance(format.mapping, Codebook) and format.mapping.table is None
+    fitted = isinstance(format.mapping, Codebook) and format.mapping.entries is None
     if len(candidates) == 1 and not fitted:
         return format.mapping, scale
     centers, counts = _histogram(weight, scale, format, errors)
     if fitted:
         means = _means(centers, counts, 1 << format.bits)
-        stretch = LARGEST_LEVEL / max(abs(means).max(), 1.0)
-        table = tuple(int(level) for level in np.rint(means * stretch))
-        return Codebook(table), (scale / stretch).clamp(min=affine.SMALLEST_SCALE)
+        stretch = LARGEST_ENTRY / max(abs(means).max(), 1.0)
+        entries = tuple(int(mean) for mean in np.rint(means * stretch))
+        return Codebook(entries), (scale / stretch).clamp(min=affine.SMALLEST_SCALE)
 
     def loss(mapping: Mapping) -> float:
-        levels = mapping.levels(format.bits)
-        return float(((lookup(encode(centers, levels), levels) - centers).square() * counts).sum())
+        table = mapping.table(format.bits)
+        return float(((lookup(encode(centers, table), table) - centers).square() * counts).sum())
 
     return min(candidates, key=loss), scale
 
 
 def _histogram(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return middles of bins over the range of levels, or of values if it is wider, and the weight of each."""
+    """Return middles of bins over the range of entries, or of values if it is wider, and the weight of each."""
     axis, group_size = format.granularity.pair
     steps = affine.divide(weight, scale, axis, group_size)
-    reach = max(LARGEST_LEVEL, float(steps.abs().max())) if steps.numel() else LARGEST_LEVEL
+    reach = max(LARGEST_ENTRY, float(steps.abs().max())) if steps.numel() else LARGEST_ENTRY
     # An error of a step is one of `scale` in the weight.
     squared = affine.divide(torch.ones_like(weight), 1 / scale.square(), axis, group_size)
     width = 2 * reach / _BINS
@@ -144,10 +144,10 @@ def _histogram(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) ->
 
 
 def _means(centers: Tensor, counts: Tensor, size: int) -> NDArray[np.float64]:
-    """Return the levels, ascending and zero among them, that represent a histogram with the least squared error.
+    """Return the means, ascending and zero among them, that represent a histogram with the least squared error.
 
     Values on a line are split best into runs of neighbours, so dynamic programming over the bins finds the
-    best of all tables: `least[z][j]` is the error of the first j bins with so many levels, z of them zero.
+    best of all tables: `least[z][j]` is the error of the first j bins with so many means, z of them zero.
 
     Source: Wang and Song 2011, "Ckmeans.1d.dp: optimal k-means clustering in one dimension by dynamic
     programming", R Journal 3(2); the run that zero represents is an addition.
@@ -178,40 +178,40 @@ def _means(centers: Tensor, counts: Tensor, size: int) -> NDArray[np.float64]:
             (plain.argmin(0), np.where(takes_zero, zero.argmin(0), after_zero.argmin(0)), takes_zero)
         )
         least = [plain.min(0), np.minimum(zero.min(0), after_zero.min(0))]
-    levels = []
+    means = []
     end, with_zero = len(x), True
     for from_plain, from_any, takes_zero in reversed(choices):
         begin = int((from_any if with_zero else from_plain)[end])
         if with_zero and takes_zero[end]:
             with_zero = False
-            levels.append(0.0)
+            means.append(0.0)
         elif mass[end] > mass[begin]:
-            levels.append((first[end] - first[begin]) / (mass[end] - mass[begin]))
+            means.append((first[end] - first[begin]) / (mass[end] - mass[begin]))
         else:
-            levels.append(0.0)  # a run of no values
+            means.append(0.0)  # a run of no values
         end = begin
-    return np.sort(np.array(levels))
+    return np.sort(np.array(means))
 
 
 def _best_scale(
-    weight: Tensor, widest: Tensor, levels: Tensor, format: Format, errors: Tensor
+    weight: Tensor, widest: Tensor, table: Tensor, format: Format, errors: Tensor
 ) -> tuple[Tensor, float]:
     """Return the scale of least error for each group, and the error of all."""
-    least = _squared_error(weight, widest, levels, format, errors)
+    least = _squared_error(weight, widest, table, format, errors)
     best = widest
     for step in range(1, _SCALES + 1):
         scale = (widest * (1 - 0.8 * step / _SCALES)).clamp(min=affine.SMALLEST_SCALE)
-        error = _squared_error(weight, scale, levels, format, errors)
+        error = _squared_error(weight, scale, table, format, errors)
         better = error < least
         least = torch.where(better, error, least)
         best = torch.where(better, scale, best)
     return best, float(least.double().sum())
 
 
-def _squared_error(weight: Tensor, scale: Tensor, levels: Tensor, format: Format, errors: Tensor) -> Tensor:
+def _squared_error(weight: Tensor, scale: Tensor, table: Tensor, format: Format, errors: Tensor) -> Tensor:
     """Return the weighted squared error of each group, as the scale."""
     axis, group_size = format.granularity.pair
-    codes = encode(affine.divide(weight, scale, axis, group_size), levels)
+    codes = encode(affine.divide(weight, scale, axis, group_size), table)
     zero = torch.zeros_like(scale, dtype=torch.int32)
-    restored = affine.dequantize(lookup(codes, levels), scale, zero, axis, group_size)
+    restored = affine.dequantize(lookup(codes, table), scale, zero, axis, group_size)
     return affine.reduce_blocks((restored - weight).square() * errors, axis, group_size, torch.sum)

@@ -1,8 +1,8 @@
 """Mappings: what value each code stands for, before the scale.
 
-A code of a non-linear mapping is an index into a table of levels, whole numbers from -127 to 127, and its
-value is `level · scale`. So one lookup decodes every mapping, and integer kernels, which multiply levels,
-run all of them as fast as linear codes. Zero is a level of every table: pruned weights stay exactly zero.
+A code of a non-linear mapping is an index into a table of whole numbers from -127 to 127, and its
+value is `table[code] · scale`. So one lookup decodes every mapping, and integer kernels, which multiply entries,
+run all of them as fast as linear codes. Zero is an entry of every table: pruned weights stay exactly zero.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sqcompile.errors import FormatError
 
-LARGEST_LEVEL = 127
-"""Levels fit int8, and so do their negatives."""
+LARGEST_ENTRY = 127
+"""Entries fit int8, and so do their negatives."""
 
 MOST_BITS = 4
-"""Bits of the longest table: sixteen levels fill a vector register, which is where kernels look them up."""
+"""Bits of the longest table: sixteen entries fill a vector register, which is where kernels look them up."""
 
 
 class Mapping(ABC):
@@ -44,8 +44,8 @@ class Mapping(ABC):
         """Return the value of each code, ascending, -1 the least and 1 the greatest: float64 [2**bits]."""
         raise FormatError(f"the mapping {self} has no table")
 
-    def levels(self, bits: int) -> Tensor:
-        """Return the level of each code: `values` as multiples of 1/127, int8 [2**bits].
+    def table(self, bits: int) -> Tensor:
+        """Return what each code looks up: `values` as multiples of 1/127, int8 [2**bits].
 
         Raises:
             FormatError: The table would have more than sixteen entries.
@@ -56,7 +56,7 @@ class Mapping(ABC):
                 expected=f"2 to {MOST_BITS} bits",
                 next_step="use linear codes: with more bits they leave nothing to gain",
             )
-        return (self.values(bits) * LARGEST_LEVEL).round().to(torch.int8)
+        return (self.values(bits) * LARGEST_ENTRY).round().to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -204,23 +204,23 @@ class NormalFloat(Mapping):
 
 @dataclass(frozen=True)
 class Codebook(Mapping):
-    """A table that is fitted to each tensor, by weighted k-means; zero is one of its levels.
+    """A table that is fitted to each tensor, by weighted k-means; zero is one of its entries.
 
     Attributes:
-        table: The levels, ascending; None before fitting.
+        entries: The table, ascending; None before fitting.
     """
 
-    table: tuple[int, ...] | None = None
+    entries: tuple[int, ...] | None = None
     word: ClassVar[str] = "codebook"
 
     def values(self, bits: int) -> Tensor:
         """Return the fitted table."""
-        if self.table is None:
+        if self.entries is None:
             raise FormatError(
                 "a codebook has no values before it is fitted",
                 next_step="fit it to a tensor: sqcompile.quantization.lookup.fit",
             )
-        return torch.tensor(self.table, dtype=torch.float64) / LARGEST_LEVEL
+        return torch.tensor(self.entries, dtype=torch.float64) / LARGEST_ENTRY
 
 
 MAPPINGS: dict[str, type[Mapping]] = {

@@ -2,7 +2,7 @@
 
 A stored weight `name` becomes the tensors `name_codes`, `name_scale` and `name_zero_point`, read by one
 `dequantize`; every pass that quantizes weights ends here, so that backends find one form. Codes of a
-non-linear mapping go through `lookup` first, with the table in `name_levels`.
+non-linear mapping go through `lookup` first, with the table in `name_table`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.learned import LearnedState
 from sqcompile.quantization.lookup import Fitted, encode
-from sqcompile.quantization.mappings import LARGEST_LEVEL
+from sqcompile.quantization.mappings import LARGEST_ENTRY
 from sqcompile.quantization.observers import ObserverState
 from sqcompile.rewrite import Rewriter
 from sqcompile.sparsity import Pattern, Sparsity
@@ -136,32 +136,32 @@ def store_weight(
 def store_mapped_weight(
     edit: Rewriter, value: fx.Node, stored: fx.Node, weight: Tensor, fitted: Fitted, format: Format
 ) -> fx.Node:
-    """Store a weight as indices into a table of levels, and return the `dequantize` that stands for it.
+    """Store a weight as indices into a table, and return the `dequantize` that stands for it.
 
     Zeros stay zero, as with `store_weight`; its arguments are the same.
     """
     axis, group_size = format.granularity.pair
-    codes = encode(affine.divide(weight, fitted.scale, axis, group_size), fitted.levels)
+    codes = encode(affine.divide(weight, fitted.scale, axis, group_size), fitted.table)
     name = str(stored.target)
     codes_node = edit.constant(f"{name}_codes", codes, like=stored)
     promise = promised(edit.program, value, stored)
     if promise is not None:
         edit.program.sparsity[str(codes_node.target)] = promise
-    levels = edit.call(
+    entries = edit.call(
         torch.ops.sqcompile.lookup.default,
         codes_node,
-        edit.constant(f"{name}_levels", fitted.levels, like=stored),
+        edit.constant(f"{name}_table", fitted.table, like=stored),
         like=value,
     )
     return edit.call(
         torch.ops.sqcompile.dequantize.default,
-        levels,
+        entries,
         edit.constant(f"{name}_scale", fitted.scale.contiguous(), like=stored),
         edit.constant(f"{name}_zero_point", torch.zeros_like(fitted.scale, dtype=torch.int32), like=stored),
         axis,
         group_size,
-        -LARGEST_LEVEL,
-        LARGEST_LEVEL,
+        -LARGEST_ENTRY,
+        LARGEST_ENTRY,
         like=value,
     )
 

@@ -17,7 +17,7 @@ Chooser = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a weight may take: (q - zero_point) · scale for qmin ≤ q ≤ qmax, or level · scale.
+    """The values that a weight may take: (q - zero_point) · scale for qmin ≤ q ≤ qmax, or entry · scale.
 
     Shapes: scale and zero_point [O, G], where G groups of `group_size` columns make up K (the last may be
     shorter); G = 1 and group_size = K for one scale a row.
@@ -28,14 +28,14 @@ class Grid:
     group_size: int
     qmin: int
     qmax: int
-    levels: Tensor | None = None
+    table: Tensor | None = None
 
     def round(self, column: Tensor, index: int) -> Tensor:
         """Return the nearest value for each weight of a column, [O]."""
         group = index // self.group_size
         scale, zero_point = self.scale[:, group], self.zero_point[:, group]
-        if self.levels is not None:
-            return lookup(encode(column / scale, self.levels), self.levels) * scale
+        if self.table is not None:
+            return lookup(encode(column / scale, self.table), self.table) * scale
         # As `affine.quantize` does, so that its codes are these.
         codes = (column / scale).round_().add_(zero_point).clamp_(self.qmin, self.qmax)
         return codes.sub_(zero_point).mul_(scale)

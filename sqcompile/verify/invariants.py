@@ -147,21 +147,21 @@ def _check_parameters(program: Program, node: fx.Node) -> None:
 
 
 def _check_lookup(program: Program, node: fx.Node) -> None:
-    codes, levels = (constant_value(program, item) for item in node.args if isinstance(item, fx.Node))
-    if codes is None or levels is None or codes.numel() == 0:
+    codes, table = (constant_value(program, item) for item in node.args if isinstance(item, fx.Node))
+    if codes is None or table is None or codes.numel() == 0:
         return
-    if _is_checked(node, "codes_checked", [codes, levels], ""):
+    if _is_checked(node, "codes_checked", [codes, table], ""):
         return
     low, high = (int(bound) for bound in codes.aminmax())
-    if low < 0 or high >= levels.numel():
+    if low < 0 or high >= table.numel():
         raise VerifyError(
             "Stored codes are out of their table.",
             where=locate(node),
             seen=f"{low} to {high}",
-            expected=f"0 to {levels.numel() - 1}",
+            expected=f"0 to {table.numel() - 1}",
             next_step="store what sqcompile.quantization.lookup.encode returns for this table",
         )
-    _set_checked(node, "codes_checked", [codes, levels], "")
+    _set_checked(node, "codes_checked", [codes, table], "")
 
 
 def _parameter(program: Program, node: object) -> torch.Tensor | None:

@@ -26,11 +26,11 @@ def heavy_tailed(*shape: int) -> Tensor:
 
 def decoded(weight: Tensor, fitted: Fitted, format: Format) -> Tensor:
     axis, group_size = format.granularity.pair
-    levels = lookup(
-        encode(affine.divide(weight, fitted.scale, axis, group_size), fitted.levels), fitted.levels
+    entries = lookup(
+        encode(affine.divide(weight, fitted.scale, axis, group_size), fitted.table), fitted.table
     )
     zero = torch.zeros_like(fitted.scale, dtype=torch.int32)
-    return affine.dequantize(levels, fitted.scale, zero, axis, group_size)
+    return affine.dequantize(entries, fitted.scale, zero, axis, group_size)
 
 
 def error(weight: Tensor, fitted: Fitted, format: Format) -> float:
@@ -41,12 +41,12 @@ def error(weight: Tensor, fitted: Fitted, format: Format) -> float:
     st.lists(st.integers(-127, 127), min_size=4, max_size=16).map(sorted),
     st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=50),
 )
-def test_codes_are_of_the_nearest_level(table: list[int], values: list[float]) -> None:
-    levels, steps = torch.tensor(table, dtype=torch.int8), torch.tensor(values)
-    codes = encode(steps, levels)
+def test_codes_are_of_the_nearest_entry(entries: list[int], values: list[float]) -> None:
+    table, steps = torch.tensor(entries, dtype=torch.int8), torch.tensor(values)
+    codes = encode(steps, table)
     assert codes.dtype == torch.uint8
-    distance = (lookup(codes, levels).double() - steps.double()).abs().numpy()
-    every = np.abs(steps.double().numpy()[:, None] - np.array(table, dtype=float)[None])
+    distance = (lookup(codes, table).double() - steps.double()).abs().numpy()
+    every = np.abs(steps.double().numpy()[:, None] - np.array(entries, dtype=float)[None])
     np.testing.assert_array_equal(distance, every.min(1))
 
 
@@ -59,11 +59,11 @@ def test_a_fit_decodes_to_near_the_weight(word: str, granularity: str, search: a
     format = Format.parse(f"int4:{granularity}:mapping={word}")
     fitted = fit(weight, format, search)
     assert fitted.scale.shape == format.granularity.scale_shape(weight.shape)
-    assert fitted.levels.shape == (16,)
+    assert fitted.table.shape == (16,)
     restored = decoded(weight, fitted, format)
     assert not bool(restored[3].any())
     if search == "minmax":  # all in reach: never further than half the widest gap of its group
-        gap = float(fitted.levels.float().diff().max()) / 2
+        gap = float(fitted.table.float().diff().max()) / 2
         scales = affine.dequantize(
             torch.ones_like(weight, dtype=torch.int8),
             fitted.scale,
@@ -71,7 +71,7 @@ def test_a_fit_decodes_to_near_the_weight(word: str, granularity: str, search: a
             *format.granularity.pair,
         )
         reach = float((weight / scales).abs().max())
-        ends = reach - min(abs(int(fitted.levels[0])), int(fitted.levels[-1]))
+        ends = reach - min(abs(int(fitted.table[0])), int(fitted.table[-1]))
         assert bool(((restored - weight).abs() <= scales * (max(gap, ends) + 1e-3)).all())
 
 
@@ -91,13 +91,13 @@ def test_an_open_parameter_is_the_best_of_its_candidates(word: str) -> None:
     for candidate in format.mapping.candidates():
         fixed = Format.parse(f"int4:channel=0:mapping={candidate}")
         others.append(error(weight, fit(weight, fixed), fixed))
-    # The choice is made on a histogram of 1024 bins, which moves a value by at most an eighth of a level.
+    # The choice is made on a histogram of 1024 bins, which moves a value by at most an eighth of an entry.
     assert chosen <= min(others) * 1.001
     assert chosen < 0.9 * max(others)
 
 
 def test_a_codebook_is_that_of_exhaustive_search() -> None:
-    """Few distinct values: every table of their levels is tried, with the zero that all tables have."""
+    """Few distinct values: every table of their values is tried, with the zero that all tables have."""
     distinct = torch.tensor([-127.0, -90.0, -40.0, -35.0, 12.0, 60.0, 127.0])
     weight = distinct.repeat_interleave(torch.tensor([3, 9, 20, 8, 30, 2, 1]))[None]
     format = Format.parse("int2:channel=0:mapping=codebook")
@@ -106,7 +106,7 @@ def test_a_codebook_is_that_of_exhaustive_search() -> None:
     best = min(
         float((weight[0, :, None] - torch.tensor([0.0, *table])).square().min(-1).values.sum())
         for table in tables
-        if table[1] in (-37, -39, 11, 13)  # one of the two largest groups has a level of its own
+        if table[1] in (-37, -39, 11, 13)  # one of the two largest groups has an entry of its own
     )
     assert ours <= best
 
@@ -122,7 +122,7 @@ def test_a_fitted_table_beats_those_that_are_given(bits: int) -> None:
     assert losses["codebook"] == min(losses.values())
 
 
-def test_importance_decides_where_levels_go() -> None:
+def test_importance_decides_where_entries_go() -> None:
     weight = torch.cat([torch.linspace(0.1, 0.3, 32), torch.linspace(-1, -0.7, 32)])[None]
     format = Format.parse("int2:channel=0:mapping=codebook")
     heavy = torch.cat([torch.full((32,), 100.0), torch.ones(32)])
@@ -137,9 +137,9 @@ def test_fitting_again_with_what_was_fitted_changes_nothing() -> None:
     weight = heavy_tailed(8, 64)
     format = Format.parse("int4:group=32:mapping=codebook")
     first = fit(weight, format, "mse")
-    assert isinstance(first.mapping, Codebook) and first.mapping.table is not None
+    assert isinstance(first.mapping, Codebook) and first.mapping.entries is not None
     again = fit(weight, Format(4, granularity=format.granularity, mapping=first.mapping), "mse")
-    torch.testing.assert_close(again.levels, first.levels, rtol=0, atol=0)
+    torch.testing.assert_close(again.table, first.table, rtol=0, atol=0)
     torch.testing.assert_close(again.scale, first.scale, rtol=0, atol=0)
 
 
@@ -147,7 +147,7 @@ def test_fitting_again_with_what_was_fitted_changes_nothing() -> None:
 def test_nothing_to_fit(shape: tuple[int, int]) -> None:
     format = Format.parse("int4:channel=0:mapping=codebook")
     fitted = fit(torch.zeros(shape), format, "mse")
-    assert fitted.scale.shape == (shape[0],) and bool(fitted.levels.diff().ge(0).all())
+    assert fitted.scale.shape == (shape[0],) and bool(fitted.table.diff().ge(0).all())
 
 
 def test_what_is_not_finite_is_refused() -> None:

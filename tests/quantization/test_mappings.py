@@ -31,13 +31,13 @@ NF4 += [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1]
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("mapping", ALL, ids=str)
 def test_tables_are_ascending_from_least_to_most_with_zero(mapping: Mapping, bits: int) -> None:
-    values, levels = mapping.values(bits), mapping.levels(bits)
-    assert values.shape == levels.shape == (1 << bits,)
+    values, table = mapping.values(bits), mapping.table(bits)
+    assert values.shape == table.shape == (1 << bits,)
     assert bool((values.diff() > 0).all())
     assert (float(values[0]), float(values[-1])) == pytest.approx((-1, 1), abs=1e-12)
     assert int((values == 0).sum()) == 1
-    assert levels.dtype == torch.int8
-    np.testing.assert_array_equal(levels.numpy(), np.round(values.numpy() * 127))
+    assert table.dtype == torch.int8
+    np.testing.assert_array_equal(table.numpy(), np.round(values.numpy() * 127))
 
 
 def test_nf4_is_that_of_the_paper() -> None:
@@ -67,10 +67,10 @@ def test_powers_of_two() -> None:
     assert Log2().values(3).tolist() == [-1, -0.5, -0.25, -0.125, 0, 0.25, 0.5, 1]
 
 
-def test_a_codebook_has_the_levels_that_were_fitted() -> None:
-    assert Codebook((-127, 0, 5, 127)).levels(2).tolist() == [-127, 0, 5, 127]
+def test_a_codebook_has_the_entries_that_were_fitted() -> None:
+    assert Codebook((-127, 0, 5, 127)).table(2).tolist() == [-127, 0, 5, 127]
     with pytest.raises(FormatError, match="before it is fitted"):
-        Codebook().levels(2)
+        Codebook().table(2)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class StoredWeight:
         zero_point: [N, groups], as stored.
         scale: [N, groups].
         group_size: Inputs that share a scale; K for one scale an output.
-        table: Level of each code, where codes are no even steps; then lowest and zero points are 0.
+        table: Entry of each code, where codes are no even steps; then lowest and zero points are 0.
     """
 
     name: str
@@ -57,7 +57,7 @@ class StoredWeight:
 
     @property
     def values(self) -> NDArray[np.int16]:
-        """Codes minus zero points, or the levels of the codes."""
+        """Codes minus zero points, or what the codes look up."""
         if self.table is not None:
             return self.table[self.codes].astype(np.int16)
         zeros = np.repeat(self.zero_point, self.group_size, axis=1)[:, : self.codes.shape[1]]

@@ -259,6 +259,7 @@ def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) ->
         assert mutations == 20000 and opened > 1000
 
 
+@pytest.mark.long
 def test_files_that_libfuzzer_finds(native_build: Build, operators: Path, tmp_path: Path) -> None:
     """What mutations at random do not reach: inputs are kept that reach new code, and mutated on."""
     folder = native_build("fuzzer")

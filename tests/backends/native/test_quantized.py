@@ -191,7 +191,7 @@ def test_layers_that_share_an_activation_quantize_it_once(lower: Lower, load: Lo
     "text", ["int4:group=32:mapping=nf", "int3:channel=0:mapping=codebook", "int4:mapping=tanh@1.5"]
 )
 def test_tables_run_on_the_kernels_of_their_bits(text: str, zeros: float, lower: Lower, load: Load) -> None:
-    """Products of levels with codes of the activation: those of linear codes, with another table."""
+    """Products of entries with codes of the activation: those of linear codes, with another table."""
     torch.manual_seed(0)
     model = nn.Linear(96, 64).eval()
     with torch.no_grad():

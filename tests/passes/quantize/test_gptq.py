@@ -79,12 +79,12 @@ def test_tables_are_better_than_rounding_to_nearest(text: str) -> None:
     nearest = compiled(QuantizeWeights(weight=format, search="mse"))[1]
     program, loss = compiled(GPTQ(weight=format))
     assert loss < 0.7 * nearest
-    assert program.tensor("0.weight_levels").numel() == 1 << format.bits
+    assert program.tensor("0.weight_table").numel() == 1 << format.bits
     assert program.tensor("0.weight_codes").dtype == torch.uint8
 
 
 def test_a_table_is_fitted_to_what_the_hessian_weighs() -> None:
-    """Inputs of which half are a hundred times larger: their weights decide where the levels lie."""
+    """Inputs of which half are a hundred times larger: their weights decide where the entries lie."""
     large = torch.cat([torch.full((8,), 100.0), torch.ones(8)])
     data = [x * large for x in batches(16)]
     format = Format.parse("int2:channel=0:mapping=codebook")
@@ -93,7 +93,7 @@ def test_a_table_is_fitted_to_what_the_hessian_weighs() -> None:
         program = trace(chain(), (inputs[0],), dynamic_shapes=({0: Dim("rows")},))
         context = PassContext(calibration=Calibration(inputs, program.signature))
         PassManager([GPTQ(weight=format)]).run(program, context)
-        tables.append(program.tensor("0.weight_levels"))
+        tables.append(program.tensor("0.weight_table"))
     assert not torch.equal(*tables)
 
 

@@ -361,10 +361,10 @@ def test_stores_indices_into_a_table() -> None:
               input  %input_1: f32[2, 8]
               tensor @0.weight_zero_point: i32[4, 2]
               tensor @0.weight_scale: f32[4, 2]
-              tensor @0.weight_levels: i8[8]
+              tensor @0.weight_table: i8[8]
               tensor @0.weight_codes: u8[4, 8]
               tensor @0.bias: f32[4]
-              %lookup: i8[4, 8] = lookup(@0.weight_codes, @0.weight_levels)
+              %lookup: i8[4, 8] = lookup(@0.weight_codes, @0.weight_table)
               %dequantize: f32[4, 8] = dequantize(%lookup, @0.weight_scale, @0.weight_zero_point, axis=-1, \
 group_size=4, qmin=-127, qmax=127)
               %linear: f32[2, 4] = linear(%input_1, %dequantize, @0.bias)
