@@ -13,11 +13,13 @@ from sqcompile.report import environment
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], Any]], *, runs: int, warmup: int = 3
+    calls: Mapping[str, Callable[[], Any]], *, runs: int, warmup: int = 3, settle: bool = False
 ) -> dict[str, list[float]]:
     """Call all in turns, `runs` times each, and return the times in ns, by name.
 
-    Turns let a drift of the machine's speed (neighbours, clock) meet all alike.
+    Turns let a drift of the machine's speed (neighbours, clock) meet all alike. Threads of some runtimes
+    spin for a while after a call, on cores that the next one wants: to `settle`, each makes an untimed call
+    before the timed one. (A pause would do as well, but a core that slept is half as fast at first.)
     """
     for _ in range(warmup):
         for call in calls.values():
@@ -25,6 +27,8 @@ def alternate(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
+            if settle:
+                call()
             started = time.perf_counter_ns()
             call()
             times[name].append(float(time.perf_counter_ns() - started))

@@ -96,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, path in _exported(model, ids, Path(folder), static=not options.quick).items():
             calls[name] = _onnxruntime(path, ids, options.threads)
-        times = alternate(calls, runs=options.rounds)
+        times = alternate(calls, runs=options.rounds, settle=True)
     _print(times, options)
     if options.profile:
         for name, session in sessions.items():

@@ -17,10 +17,14 @@ from sqcompile.backends.native.plan import Value
 
 sq = torch.ops.sqcompile
 
-# From these fractions of zeros on a sparse form is chosen (../shared measurements: docs/kernels.md). Below
+# From these fractions of zeros on a sparse form is chosen (docs/kernels.md). Below
 # them the dense kernels read hardly more and compute faster.
 SPARSE_FROM = 0.3
-BLOCKS_FROM = 0.4
+
+# Time of a product that skips blocks of outputs × 4 inputs, as a part of the dense one's: so much for what is kept,
+# and so much at any rate (docs/kernels.md, 128 rows). Wide blocks share loads, but are zero less often.
+_BLOCK_TIME = {1: (1.33, 0.09), 4: (1.03, 0.075), 16: (1.19, 0.045)}
+BLOCKS_BELOW = 0.75
 
 _GROUPS = (128, 64, 32)
 _INT8 = np.iinfo(np.int8)
@@ -192,15 +196,16 @@ def _pack_8bit(
 
 
 def _block_outputs(values: NDArray[np.int8]) -> int | None:
-    """Return the largest block (outputs by 4 inputs) of which enough hold only zeros, or None."""
+    """Return the block (so many outputs by 4 inputs) that saves the most time by its zeros, or None."""
     n, k = values.shape
-    for outputs in (16, 4, 1):
+    times = {}
+    for outputs, (per_kept, fixed) in _BLOCK_TIME.items():
         if n % outputs or k % 4 or not values.size:
             continue
         blocks = values.reshape(n // outputs, outputs, k // 4, 4).any(axis=(1, 3))
-        if 1 - np.count_nonzero(blocks) / blocks.size >= BLOCKS_FROM:
-            return outputs
-    return None
+        times[outputs] = per_kept * np.count_nonzero(blocks) / blocks.size + fixed
+    best = min(times, key=lambda outputs: times[outputs], default=None)
+    return None if best is None or times[best] > BLOCKS_BELOW else best
 
 
 def _pack_4bit(
