@@ -22,6 +22,7 @@ from sqcompile.quantization.observed import (
     weight_observers,
 )
 from sqcompile.quantization.stored import (
+    Decoding,
     forget_unused_promises,
     store_bias,
     store_weight,
@@ -107,13 +108,13 @@ class FreezeObservers(Pass):
             bound = _least_scale(edit.program, layer)
             if bound is not None:
                 least = bound if least is None else torch.maximum(least, bound)
-        scale, zero_point = weight_parameters(state, weight, self.search, least)
-        if least is not None and (raised := int((scale == least).sum())):
+        decoding = Decoding(*weight_parameters(state, weight, self.search, least))
+        if least is not None and (raised := int((decoding.scale == least).sum())):
             context.remark(layers[0].node, f"{raised} weight scales were raised so that the bias fits int32")
         value = observe.args[0]
         assert isinstance(value, fx.Node)
         with edit.before(observe):
-            stored = store_weight(edit, value, layers[0].weight, weight, scale, zero_point, format)
+            stored = store_weight(edit, value, layers[0].weight, weight, decoding, format)
         edit.replace(observe, stored)
         edit.erase(observe)
 

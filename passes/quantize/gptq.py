@@ -14,14 +14,13 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTensor
-from sqcompile.quantization.lookup import Fitted, fit
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
+    Decoding,
+    fit_decoding,
     forget_unused_promises,
     promised,
-    store_mapped_weight,
     store_weight,
-    weight_scale,
     weight_tensor,
 )
 from sqcompile.rewrite import Rewriter
@@ -156,12 +155,7 @@ class GPTQ(Pass):
         dense = weight_tensor(program, layer)
         promise = promised(program, layer.weight_value, layer.weight)
         wanted = target(dense, hessian)
-        fitted = None
-        if format.mapping.is_linear:
-            scale, zero_point = weight_scale(wanted, format, self.search)
-        else:
-            fitted = fit(wanted, format, self.search, hessian.diagonal)
-            scale, zero_point = fitted.scale, torch.zeros_like(fitted.scale, dtype=torch.int32)
+        decoding = fit_decoding(wanted, format, self.search, hessian.diagonal)
         order = None
         matrix = hessian.matrix
         if self.act_order and not self._prunes:
@@ -176,7 +170,7 @@ class GPTQ(Pass):
         swept = sweep(
             wanted,
             factor,
-            grid=_grid(scale, zero_point, format, dense.shape[1], fitted),
+            grid=_grid(decoding, format, dense.shape[1]),
             choose=chooser(self.pattern, self.sparsity or 0.0) if self._prunes else None,
             kept=None if promise is None else promise.mask,
             order=order,
@@ -184,19 +178,17 @@ class GPTQ(Pass):
             block=128 // step * step or step,
         )
         mask = swept.mask if self._prunes else None
-        return _Result(swept.weight, mask, scale, zero_point, self.pattern, fitted)
+        return _Result(swept.weight, mask, self.pattern, decoding)
 
 
 @dataclass(frozen=True)
 class _Result:
-    """A layer's new weight, its mask if it was pruned here, its scales, and its table if it has one."""
+    """A layer's new weight, its mask if it was pruned here, and how its codes are decoded."""
 
     weight: Tensor
     mask: Tensor | None
-    scale: Tensor
-    zero_point: Tensor
     pattern: Pattern
-    fitted: Fitted | None = None
+    decoding: Decoding
 
 
 def _unlike_grid(format: Format) -> str | None:
@@ -208,12 +200,12 @@ def _unlike_grid(format: Format) -> str | None:
     return f"is rounded to nearest: no sweep has a scale {granularity}"
 
 
-def _grid(scale: Tensor, zero_point: Tensor, format: Format, depth: int, fitted: Fitted | None) -> Grid:
+def _grid(decoding: Decoding, format: Format, depth: int) -> Grid:
     group_size = format.granularity.size if isinstance(format.granularity, PerGroup) else depth
+    scale = decoding.scale
     rows = scale.reshape(-1, 1) if scale.dim() < 2 else scale
-    shifts = zero_point.reshape(rows.shape)
-    table = None if fitted is None else fitted.table
-    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, table)
+    shifts = decoding.zero_point.reshape(rows.shape)
+    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, decoding.table)
 
 
 def _store(
@@ -226,8 +218,10 @@ def _store(
 ) -> None:
     value = layer.weight_value
     if (value, format) not in stored:
+        weight = weight_tensor(edit.program, layer) if result is None else result.weight
+        decoding = fit_decoding(weight, format, search) if result is None else result.decoding
         with edit.before(layer.node):
-            node = _stored(edit, layer, format, result, search)
+            node = store_weight(edit, value, layer.weight, weight, decoding, format)
         if result is not None and result.mask is not None:
             codes = stored_weight(node)
             assert codes is not None
@@ -235,16 +229,3 @@ def _store(
         stored[value, format] = node
     assert layer.operator.weight is not None
     edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
-
-
-def _stored(edit: Rewriter, layer: Layer, format: Format, result: _Result | None, search: Search) -> fx.Node:
-    weight = weight_tensor(edit.program, layer) if result is None else result.weight
-    value = layer.weight_value
-    if not format.mapping.is_linear:
-        fitted = fit(weight, format, search) if result is None else result.fitted
-        assert fitted is not None
-        return store_mapped_weight(edit, value, layer.weight, weight, fitted, format)
-    scale, zero_point = (
-        weight_scale(weight, format, search) if result is None else (result.scale, result.zero_point)
-    )
-    return store_weight(edit, value, layer.weight, weight, scale, zero_point, format)

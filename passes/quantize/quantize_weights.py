@@ -6,7 +6,7 @@ import operator
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sqcompile.layers import Layer, layers_of, select_layers
 from sqcompile.levels import Level
@@ -14,13 +14,11 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerChannel
-from sqcompile.quantization.lookup import fit
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
+    fit_decoding,
     forget_unused_promises,
-    store_mapped_weight,
     store_weight,
-    weight_scale,
     weight_tensor,
 )
 from sqcompile.rewrite import Rewriter
@@ -137,18 +135,11 @@ class QuantizeWeights(Pass):
             context.remark(layer.node, reason)
         value = layer.weight_value
         if (value, format) not in stored:
+            decoding = fit_decoding(weight, format, self.search)
             with edit.before(layer.node):
-                stored[value, format] = self._store(edit, layer, weight, format)
+                stored[value, format] = store_weight(edit, value, layer.weight, weight, decoding, format)
         assert layer.operator.weight is not None
         edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
-
-    def _store(self, edit: Rewriter, layer: Layer, weight: Tensor, format: Format) -> fx.Node:
-        value = layer.weight_value
-        if not format.mapping.is_linear:
-            fitted = fit(weight, format, self.search)
-            return store_mapped_weight(edit, value, layer.weight, weight, fitted, format)
-        scale, zero_point = weight_scale(weight, format, self.search)
-        return store_weight(edit, value, layer.weight, weight, scale, zero_point, format)
 
     def _quantize_data(
         self,

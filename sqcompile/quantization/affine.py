@@ -11,7 +11,7 @@ pair (axis, group_size) of `format.scale_shape`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -176,16 +176,34 @@ def scale_for_tensor(
         return scale, zero_point
     if search != "mse":
         raise InputError(f"no search is called {search!r}", expected="'minmax' or 'mse'")
-    least = _squared_error(x, scale, zero_point, format)
-    for step in range(1, steps + 1):
-        shrink = 1 - 0.8 * step / steps
-        candidate = scale_from_range(low * shrink, high * shrink, format)
-        error = _squared_error(x, *candidate, format)
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, candidate[0], scale)
-        zero_point = torch.where(better, candidate[1], zero_point)
-    return scale, zero_point
+    ranges = (scale_from_range(low * factor, high * factor, format) for factor in shrinks(steps))
+    best, _ = least_error(ranges, lambda scale, zero_point: _squared_error(x, scale, zero_point, format))
+    return best[0], best[1]
+
+
+def shrinks(steps: int) -> Iterator[float]:
+    """Yield what a search of ranges multiplies them by: 1, and equal steps down to a fifth."""
+    return (1 - 0.8 * step / steps for step in range(steps + 1))
+
+
+def least_error(
+    candidates: Iterable[tuple[Tensor, ...]], error: Callable[..., Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the candidate of least error, chosen for each scale by itself, the first of equals; and the errors.
+
+    Args:
+        candidates: Tensors with one entry a scale; at least one.
+        error: Takes a candidate; returns the error that each scale causes, alike.
+    """
+    remaining = iter(candidates)
+    best = next(remaining)
+    least = error(*best)
+    for candidate in remaining:
+        found = error(*candidate)
+        better = found < least
+        least = torch.where(better, found, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+    return best, least
 
 
 def quantize_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sqcompile.errors import InputError
 from sqcompile.quantization import affine
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
@@ -21,7 +20,7 @@ from sqcompile.quantization.mappings import LARGEST_ENTRY, Codebook, Mapping
 # Of normalized weights, for choosing a table: four to an entry.
 _BINS = 1024
 
-# Scales tried for each group, from covering its largest value down to a fifth of that.
+# Steps of a search of scales, half of those for affine codes: each looks every value up.
 _SCALES = 32
 
 
@@ -79,16 +78,10 @@ def fit(
         InputError: If a value is NaN or infinite.
         FormatError: If the mapping has no table of so many bits.
     """
-    finite = weight.isfinite()
-    if not bool(finite.all()):
-        raise InputError(
-            "a tensor to quantize is not finite",
-            seen=f"{int((~finite).sum())} of {weight.numel()} values are NaN or infinite",
-            next_step="mend the model's weights first; their origin is often a diverged training run",
-        )
     weight = weight.detach().float()
     errors = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
-    widest = _widest_scale(weight, format)
+    # As eight bits would have it: a table has their entries. Zero points are 0.
+    widest, _ = affine.scale_for_tensor(weight, Format(granularity=format.granularity, narrow=True))
     mapping, scale = _choose(weight, widest, format, errors)
     if search == "mse":
         scale, error = _best_scale(weight, widest, mapping.table(format.bits), format, errors)
@@ -98,12 +91,6 @@ def fit(
             if other_error < error:
                 mapping, scale = other, other_scale
     return Fitted(mapping, mapping.table(format.bits).to(weight.device), scale)
-
-
-def _widest_scale(weight: Tensor, format: Format) -> Tensor:
-    low, high = affine.block_range(weight, *format.granularity.pair)
-    scale = torch.maximum(-low, high).clamp(min=0).float() / LARGEST_ENTRY
-    return torch.where(scale == 0, 1.0, scale.clamp(min=affine.SMALLEST_SCALE))
 
 
 def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Mapping, Tensor]:
@@ -197,15 +184,12 @@ def _best_scale(
     weight: Tensor, widest: Tensor, table: Tensor, format: Format, errors: Tensor
 ) -> tuple[Tensor, float]:
     """Return the scale of least error for each group, and the error of all."""
-    least = _squared_error(weight, widest, table, format, errors)
-    best = widest
-    for step in range(1, _SCALES + 1):
-        scale = (widest * (1 - 0.8 * step / _SCALES)).clamp(min=affine.SMALLEST_SCALE)
-        error = _squared_error(weight, scale, table, format, errors)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, scale, best)
-    return best, float(least.double().sum())
+    candidates = ((widest * factor).clamp(min=affine.SMALLEST_SCALE) for factor in affine.shrinks(_SCALES))
+    (best,), errors_left = affine.least_error(
+        ((scale,) for scale in candidates),
+        lambda scale: _squared_error(weight, scale, table, format, errors),
+    )
+    return best, float(errors_left.double().sum())
 
 
 def _squared_error(weight: Tensor, scale: Tensor, table: Tensor, format: Format, errors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ run all of them as fast as linear codes. Zero is an entry of every table: pruned
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -71,100 +71,90 @@ class Linear(Mapping):
         return True
 
 
-class _Companding(Mapping):
-    """Evenly spaced codes, expanded by an odd function that keeps -1, 0 and 1 where they are."""
+@dataclass(frozen=True)
+class Companding(Mapping):
+    """Evenly spaced codes, expanded by an odd function that keeps -1, 0 and 1 where they are.
+
+    Attributes:
+        steepness: How much finer values are around zero than at the ends; None lets fitting choose it, tensor by
+            tensor.
+
+    Raises:
+        FormatError: If the steepness is no positive number.
+    """
+
+    steepness: float | None = None
+    span: ClassVar[tuple[float, float]]
+    """Least and greatest steepness that fitting tries; the least is almost linear."""
+
+    def __post_init__(self) -> None:
+        if self.steepness is not None and not 0 < self.steepness < float("inf"):
+            raise FormatError(
+                f"the mapping {self.word} takes no steepness of {self.steepness}",
+                expected="a positive number",
+            )
+
+    def __str__(self) -> str:
+        return self.word if self.steepness is None else f"{self.word}@{self.steepness:g}"
+
+    def candidates(self) -> tuple[Mapping, ...]:
+        """Return this mapping, or one for each steepness that fitting tries."""
+        if self.steepness is not None:
+            return (self,)
+        return tuple(type(self)(steepness) for steepness in _geometric(*self.span))
 
     def values(self, bits: int) -> Tensor:
-        """Return the expanded codes."""
-        return self._expand(_even(bits))
+        """Return the expanded codes.
+
+        Raises:
+            FormatError: If the steepness is open.
+        """
+        if self.steepness is None:
+            raise _not_fitted(self)
+        return self._expand(_even(bits), torch.tensor(self.steepness, dtype=torch.float64))
 
     @abstractmethod
-    def _expand(self, u: Tensor) -> Tensor:
-        """Return the value of each evenly spaced code in -1..1."""
+    def _expand(self, u: Tensor, s: Tensor) -> Tensor:
+        """Return the value of each evenly spaced code in -1..1, for a steepness."""
 
 
 @dataclass(frozen=True)
-class Tanh(_Companding):
-    """Codes are even in tanh(s·x): value(u) = atanh(u · tanh(s)) / s, finer around zero the larger s is.
+class Tanh(Companding):
+    """Codes are even in tanh(s·x), with the steepness s: value(u) = atanh(u · tanh(s)) / s."""
 
-    Attributes:
-        s: Steepness; None lets fitting choose it, tensor by tensor.
-    """
-
-    s: float | None = None
     word: ClassVar[str] = "tanh"
+    span: ClassVar[tuple[float, float]] = (0.25, 5.0)
 
-    def __post_init__(self) -> None:
-        _check_parameter(self, "s", self.s)
-
-    def __str__(self) -> str:
-        return _spelled(self.word, self.s)
-
-    def candidates(self) -> tuple[Mapping, ...]:
-        """Return steepnesses from almost linear to 99.99 % of the codes' range at one sixth of the values'."""
-        return (self,) if self.s is not None else tuple(replace(self, s=s) for s in _geometric(0.25, 5.0))
-
-    def _expand(self, u: Tensor) -> Tensor:
-        s = torch.tensor(self.s or 1.0, dtype=torch.float64)
+    def _expand(self, u: Tensor, s: Tensor) -> Tensor:
         return torch.atanh(u * torch.tanh(s)) / s
 
 
 @dataclass(frozen=True)
-class Sigmoid(_Companding):
-    """Codes are even in σ(s·x): value(u) = logit((1 + u · (2σ(s) - 1)) / 2) / s.
+class Sigmoid(Companding):
+    """Codes are even in σ(s·x), with the steepness s: value(u) = logit((1 + u · (2σ(s) - 1)) / 2) / s.
 
     Since 2σ(s·x) - 1 = tanh(s·x / 2), it is `Tanh` with half the steepness.
-
-    Attributes:
-        s: Steepness; None lets fitting choose it, tensor by tensor.
     """
 
-    s: float | None = None
     word: ClassVar[str] = "sigmoid"
+    span: ClassVar[tuple[float, float]] = (0.5, 10.0)
 
-    def __post_init__(self) -> None:
-        _check_parameter(self, "s", self.s)
-
-    def __str__(self) -> str:
-        return _spelled(self.word, self.s)
-
-    def candidates(self) -> tuple[Mapping, ...]:
-        """Return twice the steepnesses of `Tanh`."""
-        return (self,) if self.s is not None else tuple(replace(self, s=s) for s in _geometric(0.5, 10.0))
-
-    def _expand(self, u: Tensor) -> Tensor:
-        s = torch.tensor(self.s or 2.0, dtype=torch.float64)
+    def _expand(self, u: Tensor, s: Tensor) -> Tensor:
         return torch.logit((1 + u * (2 * torch.sigmoid(s) - 1)) / 2) / s
 
 
 @dataclass(frozen=True)
-class MuLaw(_Companding):
-    """Codes are even in the logarithm: value(u) = sign(u) · ((1 + μ)^|u| - 1) / μ.
+class MuLaw(Companding):
+    """Codes are even in the logarithm, with the steepness μ: value(u) = sign(u) · ((1 + μ)^|u| - 1) / μ.
 
     Source: ITU-T G.711, where μ = 255.
-
-    Attributes:
-        mu: How much finer codes are around zero; None lets fitting choose it, tensor by tensor.
     """
 
-    mu: float | None = None
     word: ClassVar[str] = "mu-law"
+    span: ClassVar[tuple[float, float]] = (0.25, 255.0)
 
-    def __post_init__(self) -> None:
-        _check_parameter(self, "mu", self.mu)
-
-    def __str__(self) -> str:
-        return _spelled(self.word, self.mu)
-
-    def candidates(self) -> tuple[Mapping, ...]:
-        """Return factors from almost linear to that of telephony."""
-        if self.mu is not None:
-            return (self,)
-        return tuple(replace(self, mu=mu) for mu in _geometric(0.25, 255.0))
-
-    def _expand(self, u: Tensor) -> Tensor:
-        mu = self.mu or 255.0
-        return u.sign() * ((1 + mu) ** u.abs() - 1) / mu
+    def _expand(self, u: Tensor, s: Tensor) -> Tensor:
+        return u.sign() * ((1 + s) ** u.abs() - 1) / s
 
 
 @dataclass(frozen=True)
@@ -216,10 +206,7 @@ class Codebook(Mapping):
     def values(self, bits: int) -> Tensor:
         """Return the fitted table."""
         if self.entries is None:
-            raise FormatError(
-                "a codebook has no values before it is fitted",
-                next_step="fit it to a tensor: sqcompile.quantization.lookup.fit",
-            )
+            raise _not_fitted(self)
         return torch.tensor(self.entries, dtype=torch.float64) / LARGEST_ENTRY
 
 
@@ -227,31 +214,32 @@ MAPPINGS: dict[str, type[Mapping]] = {
     kind.word: kind for kind in (Linear, Tanh, Sigmoid, MuLaw, Log2, NormalFloat, Codebook)
 }
 
-_PARAMETER = {Tanh.word: "s", Sigmoid.word: "s", MuLaw.word: "mu"}
-
 
 def parse_mapping(text: str) -> Mapping | None:
     """Return the mapping of `tanh`, `tanh@2.5` and the like; None if there is none of that name.
 
     Raises:
-        FormatError: A parameter that is no positive number, or that this mapping has not.
+        FormatError: A steepness that is no positive number, or that this mapping has not.
     """
     name, at, number = text.partition("@")
-    if name not in MAPPINGS:
-        return None
-    if not at:
-        return MAPPINGS[name]()
-    parameter = _PARAMETER.get(name)
+    kind = MAPPINGS.get(name)
+    if kind is None or not at:
+        return None if kind is None else kind()
+    if not issubclass(kind, Companding):
+        raise FormatError(f"the mapping {name} takes no parameter", seen=text, expected=name)
     try:
-        value = float(number)
+        return kind(float(number))
     except ValueError:
-        value = -1.0
-    if parameter is None or not value > 0:
         raise FormatError(
-            f"the mapping {name} takes no parameter {number!r}",
-            expected=name if parameter is None else f"{name}@{parameter} with a positive number",
-        )
-    return MAPPINGS[name](**{parameter: value})
+            f"the mapping {name} takes no steepness of {number!r}", expected=f"{name}@ and a positive number"
+        ) from None
+
+
+def _not_fitted(mapping: Mapping) -> FormatError:
+    return FormatError(
+        f"the mapping {mapping} has no values before it is fitted",
+        next_step="fit it to a tensor: sqcompile.quantization.lookup.fit",
+    )
 
 
 def _even(bits: int) -> Tensor:
@@ -268,14 +256,3 @@ def _even(bits: int) -> Tensor:
 def _geometric(first: float, last: float, count: int = 32) -> list[float]:
     """Return numbers in equal ratios, to six digits, so that their text says all of them."""
     return [float(f"{first * (last / first) ** (index / (count - 1)):.6g}") for index in range(count)]
-
-
-def _check_parameter(mapping: Mapping, name: str, value: float | None) -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise FormatError(
-            f"the mapping {mapping.word} takes no {name} of {value}", expected=f"a positive {name}"
-        )
-
-
-def _spelled(word: str, parameter: float | None) -> str:
-    return word if parameter is None else f"{word}@{parameter:g}"

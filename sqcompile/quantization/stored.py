@@ -7,6 +7,8 @@ non-linear mapping go through `lookup` first, with the table in `name_table`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, fx
 
@@ -19,7 +21,7 @@ from sqcompile.quantization import affine
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.learned import LearnedState
-from sqcompile.quantization.lookup import Fitted, encode
+from sqcompile.quantization.lookup import encode, fit
 from sqcompile.quantization.mappings import LARGEST_ENTRY
 from sqcompile.quantization.observers import ObserverState
 from sqcompile.rewrite import Rewriter
@@ -51,26 +53,51 @@ def weight_tensor(program: Program, layer: Layer) -> Tensor:
     return value
 
 
-def weight_scale(
-    weight: Tensor, format: Format, search: Search = "minmax", least: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point for a weight, every scale at least `least`.
+@dataclass(frozen=True)
+class Decoding:
+    """What turns the codes of a weight into its values.
 
-    Shapes: weight [...]; results as `format.granularity.scale_shape(weight.shape)`; least alike or [].
+    Attributes:
+        scale: float32, as `format.granularity.scale_shape`.
+        zero_point: int32, alike.
+        table: Of a mapping that is not linear, int8 [2**bits]: codes are looked up in it first.
     """
-    return _raised(weight, format, *affine.scale_for_tensor(weight, format, search), least)
+
+    scale: Tensor
+    zero_point: Tensor
+    table: Tensor | None = None
+
+
+def fit_decoding(
+    weight: Tensor, format: Format, search: Search = "minmax", importance: Tensor | None = None
+) -> Decoding:
+    """Choose scales and zero points for a weight, and a table if its format asks for one.
+
+    Args:
+        weight: The weight.
+        format: Its format, with its axis on the weight's own axes.
+        search: Of scales.
+        importance: Weights of errors, for tables; see `lookup.fit`.
+
+    Raises:
+        InputError: If a weight is NaN or infinite.
+    """
+    if format.mapping.is_linear:
+        return Decoding(*affine.scale_for_tensor(weight, format, search))
+    fitted = fit(weight, format, search, importance)
+    return Decoding(fitted.scale, torch.zeros_like(fitted.scale, dtype=torch.int32), fitted.table)
 
 
 def weight_parameters(
     state: ObserverState, weight: Tensor, search: Search = "minmax", least: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return what an observed weight freezes to: its learned scale if it has one, else as `weight_scale`.
+    """Return scale and zero point of an observed weight: learned ones if it has them, every scale at least `least`.
 
-    Shapes: as `weight_scale`.
+    Shapes: weight [...]; results as `state.format.granularity.scale_shape(weight.shape)`; least alike or [].
     """
     if isinstance(state, LearnedState):
         return _raised(weight, state.format, *state.parameters(), least)
-    return weight_scale(weight, state.format, search, least)
+    return _raised(weight, state.format, *affine.scale_for_tensor(weight, state.format, search), least)
 
 
 def _raised(
@@ -91,13 +118,12 @@ def store_weight(
     value: fx.Node,
     stored: fx.Node,
     weight: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    decoding: Decoding,
     format: Format,
 ) -> fx.Node:
     """Store the codes of a weight, and return the `dequantize` that stands for it from now on.
 
-    Codes of zeros are exactly the zero point, so masks are baked in; the promise about them
+    Codes of zeros stand for exactly zero, so masks are baked in; the promise about them
     (`Program.sparsity`) moves to the codes.
 
     Args:
@@ -105,63 +131,36 @@ def store_weight(
         value: The node that is quantized: the stored weight, or what masks it.
         stored: The `get_attr` node of the stored weight.
         weight: The value of `value`.
-        scale: Its scale.
-        zero_point: Its zero point.
+        decoding: Its scales, and its table if it has one.
         format: Its format, with its axis on the weight's own axes.
     """
     axis, group_size = format.granularity.pair
-    codes = affine.quantize(
-        weight, scale, zero_point, axis, group_size, format.qmin, format.qmax, format.storage_dtype
-    )
+    scale, zero_point, table = decoding.scale, decoding.zero_point, decoding.table
+    qmin, qmax = (format.qmin, format.qmax) if table is None else (-LARGEST_ENTRY, LARGEST_ENTRY)
+    if table is None:
+        codes = affine.quantize(weight, scale, zero_point, axis, group_size, qmin, qmax, format.storage_dtype)
+    else:
+        codes = encode(affine.divide(weight, scale, axis, group_size), table)
     name = str(stored.target)
     codes_node = edit.constant(f"{name}_codes", codes, like=stored)
-    scale_node = edit.constant(f"{name}_scale", scale.contiguous(), like=stored)
-    zero_node = edit.constant(f"{name}_zero_point", zero_point.contiguous(), like=stored)
     promise = promised(edit.program, value, stored)
     if promise is not None:
         edit.program.sparsity[str(codes_node.target)] = promise
+    steps = codes_node
+    if table is not None:
+        table_node = edit.constant(f"{name}_table", table, like=stored)
+        steps = edit.call(torch.ops.sqcompile.lookup.default, codes_node, table_node, like=value)
+    scale_node = edit.constant(f"{name}_scale", scale.contiguous(), like=stored)
+    zero_node = edit.constant(f"{name}_zero_point", zero_point.contiguous(), like=stored)
     return edit.call(
         torch.ops.sqcompile.dequantize.default,
-        codes_node,
+        steps,
         scale_node,
         zero_node,
         axis,
         group_size,
-        format.qmin,
-        format.qmax,
-        like=value,
-    )
-
-
-def store_mapped_weight(
-    edit: Rewriter, value: fx.Node, stored: fx.Node, weight: Tensor, fitted: Fitted, format: Format
-) -> fx.Node:
-    """Store a weight as indices into a table, and return the `dequantize` that stands for it.
-
-    Zeros stay zero, as with `store_weight`; its arguments are the same.
-    """
-    axis, group_size = format.granularity.pair
-    codes = encode(affine.divide(weight, fitted.scale, axis, group_size), fitted.table)
-    name = str(stored.target)
-    codes_node = edit.constant(f"{name}_codes", codes, like=stored)
-    promise = promised(edit.program, value, stored)
-    if promise is not None:
-        edit.program.sparsity[str(codes_node.target)] = promise
-    entries = edit.call(
-        torch.ops.sqcompile.lookup.default,
-        codes_node,
-        edit.constant(f"{name}_table", fitted.table, like=stored),
-        like=value,
-    )
-    return edit.call(
-        torch.ops.sqcompile.dequantize.default,
-        entries,
-        edit.constant(f"{name}_scale", fitted.scale.contiguous(), like=stored),
-        edit.constant(f"{name}_zero_point", torch.zeros_like(fitted.scale, dtype=torch.int32), like=stored),
-        axis,
-        group_size,
-        -LARGEST_ENTRY,
-        LARGEST_ENTRY,
+        qmin,
+        qmax,
         like=value,
     )
 

@@ -69,8 +69,12 @@ def test_powers_of_two() -> None:
 
 def test_a_codebook_has_the_entries_that_were_fitted() -> None:
     assert Codebook((-127, 0, 5, 127)).table(2).tolist() == [-127, 0, 5, 127]
+
+
+@pytest.mark.parametrize("mapping", [Codebook(), Tanh(), MuLaw()], ids=str)
+def test_what_is_left_open_has_no_table(mapping: Mapping) -> None:
     with pytest.raises(FormatError, match="before it is fitted"):
-        Codebook().table(2)
+        mapping.table(2)
 
 
 @pytest.mark.parametrize(
