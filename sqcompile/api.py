@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
+from sqcompile.blocks import find_blocks
 from sqcompile.calibration import Calibration, as_call, keep_iterator, reject_empty
 from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
@@ -32,6 +33,7 @@ from sqcompile.report import Report, environment, layer_rows
 from sqcompile.saving import SUFFIXES, save_compiled
 from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
+from sqcompile.streaming import Job, Streamed, compress_parts, weights_of
 from sqcompile.tracing import trace
 from sqcompile.tracing.inputs import Inputs, argument_names, normalize_inputs
 
@@ -46,7 +48,6 @@ class Compiled:
 
     Attributes:
         program: The compiled program, an FX graph underneath.
-        original: The program as it was traced.
         report: What every pass did, what every layer became, and what it cost.
         artifact: The lowered program.
         session: The loaded artifact.
@@ -55,18 +56,25 @@ class Compiled:
     def __init__(
         self,
         program: Program,
-        original: Program,
+        original: Program | Callable[[], Program],
         backend: Backend,
         artifact: Artifact,
         session: Session,
         report: Report,
     ) -> None:
         self.program = program
-        self.original = original
+        self._original = original
         self.backend = backend
         self.artifact = artifact
         self.session = session
         self.report = report
+
+    @property
+    def original(self) -> Program:
+        """The program as it was traced; where it was never in memory as a whole, it is loaded now."""
+        if not isinstance(self._original, Program):
+            self._original = self._original()
+        return self._original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled model.
@@ -207,7 +215,10 @@ def compile(
         backend: `auto`, `native`, `onnxruntime` or `reference`.
         seed: Seed of everything random.
         max_memory: Cap on resident memory for passes that can obey one: bytes, or text such as `8GB`.
-        work_dir: Folder for intermediate results, and for dumps when a pass fails.
+        work_dir: Folder for intermediate results, and for dumps when a pass fails. If every pass is local
+            (`Pass.local`) and the model has blocks, they are compressed one after the other: folders of Hugging
+            Face are then never in memory as a whole, `max_memory` is a hard cap, and a run that was cut off
+            goes on from here.
         verify: `each` (check structure and numbers after every pass), `ends`, or `off`.
         threads: Threads within an operator of the session.
         progress: Where long work reports; silent by default.
@@ -245,7 +256,8 @@ def compile(
     check_seed(seed)
     memory = parse_bytes(max_memory)
     target = None if backend == "auto" else get_backend(backend)
-    loaded = load_model(model)
+    by_parts = work_dir is not None and bool(pipeline) and all(item.local for item in pipeline)
+    loaded = load_model(model, weights=not by_parts)
     batches = open_data(calibration, loaded, model)
     inputs = find_inputs(loaded, example_inputs, batches)
     if inputs is None:
@@ -255,28 +267,49 @@ def compile(
     progress.note(f"tracing {model_name(loaded)}")
     with clock.stage("trace"):
         program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
+        if by_parts and len(find_blocks(program)) < 2:
+            by_parts, loaded = False, load_model(model)
+            program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
     original = program.snapshot()
     if isinstance(batches, Batches):
         batches = batches.bind(program.signature)
     data = None if batches is None else Calibration(batches, program.signature)
     check_batch = _check_batch(program.signature, inputs, data)
-    context = PassContext(
-        calibration=data,
-        seed=seed,
-        max_memory=memory,
-        work_dir=None if work_dir is None else Path(work_dir),
-        progress=progress,
-    )
-    manager = PassManager(
-        pipeline,
-        check_batches=check_batch,
-        verify=verify,
-        instruments=instruments,
-        dump_dir=context.work_dir,
-    )
-    with clock.stage("passes"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        records = manager.run(program, context)
+    streamed: Streamed | None = None
+    with clock.stage("passes"):
+        if by_parts:
+            assert work_dir is not None
+            job = Job(
+                passes=pipeline,
+                data=check_batch if data is None else data,
+                has_data=data is not None,
+                work_dir=Path(work_dir),
+                seed=seed,
+                max_memory=memory,
+                verify=verify,
+                progress=progress,
+                instruments=instruments,
+            )
+            streamed = compress_parts(program, weights_of(model, loaded, program), job)
+            program, records = streamed.program, streamed.records
+        else:
+            context = PassContext(
+                calibration=data,
+                seed=seed,
+                max_memory=memory,
+                work_dir=None if work_dir is None else Path(work_dir),
+                progress=progress,
+            )
+            manager = PassManager(
+                pipeline,
+                check_batches=check_batch,
+                verify=verify,
+                instruments=instruments,
+                dump_dir=context.work_dir,
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                records = manager.run(program, context)
     if target is None:
         target, reason = choose_backend(program)
     else:
@@ -298,12 +331,14 @@ def compile(
             records,
             check_batch,
             verify,
+            streamed,
         )
     report.seconds = clock.seconds
     report.notes += getattr(batches, "notes", [])
     if made_up:
         report.notes.append("there is no data: numbers were checked on made-up inputs")
-    compiled = Compiled(program, original, target, artifact, session, report)
+    dense = original if streamed is None else _Dense(model, loaded, original, inputs, dynamic_shapes, batches)
+    compiled = Compiled(program, dense, target, artifact, session, report)
     compiled._check_batch = check_batch[0] if check_batch else ()
     compiled.source = model if isinstance(model, (str, Path)) else None
     compiled._pretrained = Pretrained.of(loaded, model)
@@ -531,11 +566,15 @@ def _report(
     records: list[PassRecord],
     check_batch: list[list[Any]],
     verify: Verify,
+    streamed: Streamed | None = None,
 ) -> Report:
+    if streamed is not None:
+        return _streamed_report(name, program, streamed, backend, reason, artifact, session, check_batch, verify)
     outputs: Distance | None = None
     parity: Distance | None = None
     layers: list[LayerDistance] = []
     notes = list(artifact.notes)
+    predicted = artifact.predict(check_batch[0]) if check_batch else {}
     if check_batch and verify != "off":
         with torch.no_grad():
             reference = [program.run(batch) for batch in check_batch]
@@ -554,12 +593,65 @@ def _report(
         size=program_size(program),
         file_bytes=artifact.size_bytes,
         passes=records,
-        layers=layer_rows(program, layers),
+        layers=layer_rows(program, layers, artifact.choices, predicted),
         output_distance=outputs,
         backend_distance=parity,
         notes=notes,
         environment=environment(),
     )
+
+
+def _streamed_report(
+    name: str,
+    program: Program,
+    streamed: Streamed,
+    backend: Backend,
+    reason: str,
+    artifact: Artifact,
+    session: Session,
+    check_batch: list[list[Any]],
+    verify: Verify,
+) -> Report:
+    """Report on a model whose dense form was never in memory as a whole: it is not run again."""
+    parity: Distance | None = None
+    predicted = artifact.predict(check_batch[0]) if check_batch else {}
+    if check_batch and verify != "off":
+        with torch.no_grad():
+            reference = [program.run(batch) for batch in check_batch]
+        parity = output_distance(reference, [session.run(batch) for batch in check_batch])
+    peak = f", at most {streamed.peak_bytes / 1e9:.2f} GB resident" if streamed.peak_bytes else ""
+    return Report(
+        model=name,
+        backend=backend.name,
+        backend_reason=reason,
+        original=streamed.original,
+        size=program_size(program),
+        file_bytes=artifact.size_bytes,
+        passes=streamed.records,
+        layers=layer_rows(program, [], artifact.choices, predicted),
+        output_distance=streamed.distance,
+        backend_distance=parity,
+        notes=[*artifact.notes, f"compressed in {streamed.parts} parts{peak}"],
+        environment=environment(),
+    )
+
+
+class _Dense:
+    """The dense program of a model that was compressed part by part, for those who ask for it."""
+
+    def __init__(
+        self, source: Any, loaded: Any, original: Program, inputs: Inputs, dynamic_shapes: Any, data: Any
+    ) -> None:
+        self._source, self._original = source, original
+        self._is_skeleton = isinstance(source, (str, Path)) and isinstance(loaded, nn.Module)
+        self._options = inputs, dynamic_shapes, data
+
+    def __call__(self) -> Program:
+        if not self._is_skeleton:
+            return self._original
+        inputs, dynamic_shapes, data = self._options
+        whole = load_model(self._source)
+        return trace_any(whole, inputs, dynamic_shapes, source=self._source, data=data)
 
 
 def _notes_on(original: Program, outputs: list[list[Any]]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import fx
@@ -40,12 +42,15 @@ class Session(ABC):
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs (`Signature.bind`) and return flat outputs as torch tensors."""
 
-    def profile(self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10) -> dict[str, float]:
+    def profile(
+        self, inputs: Sequence[Any], layers: Mapping[str, int], *, runs: int = 10
+    ) -> dict[str, float]:
         """Return the median time of layers in ns, by name; backends that cannot tell return nothing.
 
         Args:
             inputs: Flat, checked inputs of one call.
-            layers: Names of the layers that are asked for.
+            layers: The layers that are asked for, by name, with the number of weights of each: layers that run as
+                one share its time by that.
             runs: Calls to take the median of.
         """
         return {}
@@ -95,21 +100,44 @@ class Session(ABC):
         )
 
 
+@dataclass(frozen=True)
+class LayerChoice:
+    """What a backend made of a layer.
+
+    Attributes:
+        form: How its weight is stored and multiplied, such as `int8, bitmask`.
+        remark: What the choice costs, or why zeros do not pay; mostly nothing.
+    """
+
+    form: str
+    remark: str = ""
+
+
 class Artifact(ABC):
     """A lowered program, in memory or in files of ours, ready to be saved or loaded.
 
     Attributes:
         suffix: File name suffix, such as `.onnx`.
         notes: What the backend has to say about the choices it made, for the report.
+        choices: What became of layers, by name, where the backend had a choice.
     """
 
     suffix: ClassVar[str]
     notes: Sequence[str] = ()
+    choices: Mapping[str, LayerChoice] = MappingProxyType({})
 
     @property
     @abstractmethod
     def size_bytes(self) -> int:
         """Size of all its files, in bytes."""
+
+    def predict(self, inputs: Sequence[Any]) -> dict[str, float]:
+        """Return what layers will take in ns, by name; backends without a cost model return nothing.
+
+        Args:
+            inputs: Flat, checked inputs of the call.
+        """
+        return {}
 
     @abstractmethod
     def save(self, path: Path) -> list[Path]:

@@ -58,12 +58,14 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
     )
     report.latency = Latency(statistics.median(dense_ns), statistics.median(compiled_ns), runs, threads)
     report.dense_file_bytes = dense.size_bytes
-    names = {row.name for row in report.layers}
-    dense_times = dense_session.profile(inputs, names)
-    compiled_times = session.profile(inputs, names)
+    layers = {row.name: row.parameters for row in report.layers}
+    dense_times = dense_session.profile(inputs, layers)
+    compiled_times = session.profile(inputs, layers)
+    predicted = compiled.artifact.predict(inputs)
     for row in report.layers:
         row.dense_ns = dense_times.get(row.name)
         row.compiled_ns = compiled_times.get(row.name)
+        row.predicted_ns = predicted.get(row.name)
     return report
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from sqcompile.backend import LayerChoice
 from sqcompile.compare import LayerDistance
 from sqcompile.files import atomic_file
 from sqcompile.layers import Layer, layers_of
@@ -55,6 +56,9 @@ class LayerRow:
         loss: Noise that the layer adds to what reaches it, as a share of its output's power, or None.
         dense_ns: Time of the layer in the dense model on this machine, or None if not measured.
         compiled_ns: Time of the layer in the compiled model, or None if not measured.
+        predicted_ns: Time that the backend's cost model says, for the inputs that were measured or checked.
+        form: How the backend stores and multiplies the weight, where it had a choice.
+        remark: What that choice costs, or why zeros do not pay.
     """
 
     name: str
@@ -71,6 +75,9 @@ class LayerRow:
     loss: float | None = None
     dense_ns: float | None = None
     compiled_ns: float | None = None
+    predicted_ns: float | None = None
+    form: str = ""
+    remark: str = ""
 
     @property
     def verdict(self) -> str:
@@ -200,19 +207,28 @@ class Report:
         return text
 
 
-def layer_rows(program: Program, measured: Iterable[LayerDistance] = ()) -> list[LayerRow]:
+def layer_rows(
+    program: Program,
+    measured: Iterable[LayerDistance] = (),
+    choices: Mapping[str, LayerChoice] | None = None,
+    predicted: Mapping[str, float] | None = None,
+) -> list[LayerRow]:
     """Describe every layer of a program.
 
     Args:
         program: The compiled program.
         measured: Distances of its layers from the original's.
+        choices: What the backend made of layers, by name.
+        predicted: What layers will take in ns, by name.
     """
+    choices, predicted = choices or {}, predicted or {}
     bits = stored_bits(program)
     distances = {row.node: row for row in measured}
     rows = []
     for layer in layers_of(program):
         stored = program.tensor(layer.weight)
         found = distances.get(layer.node.name)
+        choice = choices.get(layer.name)
         rows.append(
             LayerRow(
                 name=layer.name,
@@ -227,6 +243,9 @@ def layer_rows(program: Program, measured: Iterable[LayerDistance] = ()) -> list
                 size_bytes=_layer_bytes(program, layer, bits),
                 distance=None if found is None else found.distance,
                 loss=None if found is None else found.loss,
+                predicted_ns=predicted.get(layer.name),
+                form="" if choice is None else choice.form,
+                remark="" if choice is None else choice.remark,
             )
         )
     return rows

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqcompile.report import Report
 
 _MAX_REMARKS = 8
+_MAX_NAMES = 3
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -26,6 +27,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_passes(report))
     if report.layers:
         console.print(_layers(report))
+        for line in _choices(report):
+            console.print(Text(line))
     remarks = [remark for record in report.passes for remark in record.remarks]
     if remarks:
         lines = [f"  {remark}" for remark in remarks[:_MAX_REMARKS]]
@@ -111,6 +114,19 @@ def _summary(report: Report) -> Group:
     return Group(table)
 
 
+def _choices(report: Report) -> list[str]:
+    """Return what the backend says about its choices, a line for all layers of which it says the same."""
+    layers: dict[str, list[str]] = {}
+    for row in report.layers:
+        if row.remark:
+            layers.setdefault(row.remark, []).append(row.name)
+    lines = []
+    for remark, names in layers.items():
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        lines.append(f"{', '.join(names[:_MAX_NAMES])}{more}: {remark}")
+    return lines
+
+
 def _add_row(table: Table, *cells: str, style: str | None = None) -> None:
     """Add a row of plain texts: rich takes brackets, as in `layers=[fc]`, for tags, and drops them."""
     table.add_row(*map(Text, cells), style=style)
@@ -140,9 +156,11 @@ def _layers(report: Report) -> Table:
     table = Table(title="Layers", title_justify="left")
     timed = any(row.compiled_ns is not None for row in report.layers)
     columns = ["layer", "kind", "shape", "weight", "data", "zeros", "size", "SQNR"]
-    columns += ["dense", "compiled", "verdict"] if timed else []
+    chosen = any(row.form for row in report.layers)
+    columns += ["runs as", "predicted"] if chosen else []
+    columns += ["measured", "dense", "verdict"] if timed else []
     for column in columns:
-        right = column in ("zeros", "size", "SQNR", "dense", "compiled")
+        right = column in ("zeros", "size", "SQNR", "predicted", "measured", "dense")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     blamed = report.worst_layer()
     for row in report.layers:
@@ -156,7 +174,9 @@ def _layers(report: Report) -> Table:
             size_text(row.size_bytes),
             sqnr_text(row.distance) + (" ◀" if row is blamed else ""),
         ]
+        if chosen:
+            cells += [row.form, time_text(row.predicted_ns)]
         if timed:
-            cells += [time_text(row.dense_ns), time_text(row.compiled_ns), row.verdict]
+            cells += [time_text(row.compiled_ns), time_text(row.dense_ns), row.verdict]
         _add_row(table, *cells, style="bold" if row is blamed else None)
     return table

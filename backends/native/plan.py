@@ -235,3 +235,19 @@ class Generation:
     plan: Plan
     limit: int
     vocabulary: int
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Return what steps of one module are called together: `model.layers.0.mlp.{gate_proj,up_proj}`."""
+    places = [name.rpartition(".") for name in names]
+    if len({place[0] for place in places}) > 1:
+        return names[0]
+    return f"{places[0][0]}{places[0][1]}{{{','.join(place[2] for place in places)}}}"
+
+
+def names_of(name: str) -> list[str]:
+    """Return the names that `common_name` put together, or the name itself."""
+    before, brace, after = name.partition("{")
+    if not brace or not after.endswith("}"):
+        return [name]
+    return [before + part for part in after[:-1].split(",")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.cpu import cpu_features
 from sqcompile.backends.native.generation import OnToken, TextGenerator, no_generation, split_rows
 from sqcompile.backends.native.kernels import default_isa
+from sqcompile.backends.native.plan import names_of
 from sqcompile.errors import BackendError, FileError, InputError
 from sqcompile.files import require_file
 from sqcompile.signature import Signature
@@ -69,14 +70,22 @@ class NativeSession(Session):
             for value in self.signature.outputs
         ]
 
-    def profile(self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10) -> dict[str, float]:
-        """Return the median time of layers in ns, by name: of all steps that a layer became."""
+    def profile(
+        self, inputs: Sequence[Any], layers: Mapping[str, int], *, runs: int = 10
+    ) -> dict[str, float]:
+        """Return the median time of layers in ns, by name: of all steps that a layer became.
+
+        Layers that became one product share its time by their weights.
+        """
         arrays = self._arrays(inputs)
         times = np.median([self.inner.profile(arrays) for _ in range(runs)], axis=0)
         found: dict[str, float] = {}
         for (_, name), time_ns in zip(self.model.steps, times, strict=True):
-            if name in layers:
-                found[name] = found.get(name, 0.0) + float(time_ns)
+            members = [member for member in names_of(name) if member in layers]
+            weights = sum(layers[member] for member in members)
+            for member in members:
+                share = layers[member] / weights if weights else 1 / len(members)
+                found[member] = found.get(member, 0.0) + float(time_ns) * share
         return found
 
     def generator(self, rows: int = 1, capacity: int = 2048, kv_cache: str = "float32") -> TextGenerator:

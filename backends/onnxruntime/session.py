@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ class OnnxSession(Session):
             for value in self.signature.outputs
         ]
 
-    def profile(self, inputs: Sequence[Any], layers: Collection[str], *, runs: int = 10) -> dict[str, float]:
+    def profile(
+        self, inputs: Sequence[Any], layers: Mapping[str, int], *, runs: int = 10
+    ) -> dict[str, float]:
         """Return the median time of layers in ns, by name, measured by the runtime itself."""
         options = _options(self.inner.get_session_options().intra_op_num_threads or None)
         source = self._source

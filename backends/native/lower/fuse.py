@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sqcompile.backends.native._native import VALUE_SLACK
 from sqcompile.backends.native.lower.quantized import AFFINE_TENSOR
-from sqcompile.backends.native.plan import Plan, Size, Step, Value
+from sqcompile.backends.native.plan import Plan, Size, Step, Value, common_name
 
 # Numbers of activation_rows; those without a step of their own are left out.
 _ACTIVATIONS = {"sigmoid": 2, "silu": 3, "gelu": 4, "gelu_tanh": 5, "tanh": 6, "exp": 7}
@@ -470,7 +470,7 @@ def _merged(plan: Plan, steps: Sequence[Step], merged: dict[Any, int]) -> list[S
     shape = first.outputs[0].shape[:-1]
     out = plan.add_computed("f32", (*shape, n))
     inputs = (*first.inputs[:activation], *constants)
-    name = _common_name([step.name for step in steps])
+    name = common_name([step.name for step in steps])
     result = [Step(first.operator, inputs, (out,), (n, *first.ints[1:]), first.floats, name)]
     begin = 0
     for step in steps:
@@ -478,14 +478,6 @@ def _merged(plan: Plan, steps: Sequence[Step], merged: dict[Any, int]) -> list[S
         result.append(Step("slice", (out,), step.outputs, ints, (), step.name))
         begin += _outputs(step)
     return result
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """Return what the products of a module are called together: `model.layers.0.mlp.{gate_proj,up_proj}`."""
-    places = [name.rpartition(".") for name in names]
-    if len({place[0] for place in places}) > 1:
-        return names[0]
-    return f"{places[0][0]}{places[0][1]}{{{','.join(place[2] for place in places)}}}"
 
 
 def _joined(plan: Plan, kind: int, values: Sequence[Value | None], merged: dict[Any, int]) -> Value | None:

@@ -48,7 +48,7 @@ def test_refuses_inputs_that_do_not_fit() -> None:
 
 
 def test_layers_cannot_be_timed() -> None:
-    assert BACKEND.load(BACKEND.lower(mlp())).profile([data(2, 8)], {"first"}) == {}
+    assert BACKEND.load(BACKEND.lower(mlp())).profile([data(2, 8)], {"first": 1}) == {}
 
 
 class Other(Artifact):
