@@ -9,19 +9,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from sqcompile.blocks import Block, find_blocks, influences, remove_block
+from sqcompile.channels.budget import Budgeted
 from sqcompile.channels.cost import Costs
 from sqcompile.channels.flow import flow_of
-from sqcompile.channels.latency import BUDGETS, BackendName, check_budgets, latency_budget
-from sqcompile.errors import PassOptionError
 from sqcompile.layers import select_layers
 from sqcompile.levels import Level
-from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
+from sqcompile.pipeline import Keeps, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 from sqcompile.sparsity import removed_count
 
 
-class RemoveLayers(Pass):
+class RemoveLayers(Budgeted):
     """Remove whole blocks of a deep model, such as the layers of a transformer: what enters one leaves it.
 
     A block is a numbered module (`model.layers.3`, `layer1.0`) that adds something to what passes through it.
@@ -53,26 +52,14 @@ class RemoveLayers(Pass):
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
 
-    ratio: float | None = None
-    macs: float | None = None
-    parameters: float | None = None
-    latency: float | None = None
-    latency_ms: float | None = None
-    backend: BackendName = "onnxruntime"
-    threads: int | None = None
     blocks: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     importance: Literal["influence", "last", "random"] = "influence"
 
     def __post_init__(self) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if not given and self.blocks == ("*",):
+        if self.budget is None and self.blocks == ("*",):
             raise self.reject_option("ratio", "a fraction of the blocks to remove, or patterns of blocks")
-        if len(given) > 1:
-            raise self.reject_option(given[-1], f"one of {', '.join(BUDGETS)}")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise self.reject_option("ratio", "a fraction r of blocks to remove, 0 ≤ r < 1")
-        check_budgets(self)
+        self.check_budget()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Find blocks, rank them, and remove those that matter least."""
@@ -82,7 +69,7 @@ class RemoveLayers(Pass):
             return PassResult()
         chosen = select_layers(known, self.blocks, self.exclude, where=f"pass {self.name}")
         facts: dict[str, Any] = {}
-        if any(getattr(self, name) is not None for name in BUDGETS):
+        if self.budget is not None:
             most = min(len(chosen), len(known) - 1)
             ranked = self._ranked(program, chosen, context)
             if self.ratio is not None:
@@ -115,26 +102,17 @@ class RemoveLayers(Pass):
             counts = range(len(ranked))
             return bisect.bisect_left(counts, True, key=lambda count: share(count) <= budget)
 
-        for name in ("macs", "parameters"):
-            budget = getattr(self, name)
-            if budget is None:
-                continue
-            count = fewest(budget)
+        if self.budget in ("macs", "parameters"):
+            count = fewest(budget := getattr(self, self.budget))
             if share(count) > budget:
-                raise PassOptionError(
-                    f"{self.name} cannot bring the {name} down that far.",
-                    where=f"pass {self.name}",
-                    seen=f"{name}={budget:g}",
-                    expected=f"{share(count):.3f} or more: so much is left without {count} blocks",
-                    next_step="ask for less, or make the remaining blocks smaller as well",
-                )
+                raise self.unreachable(self.budget, share(count), f"without {count} blocks")
             return count, {}
 
         def candidate(budget: float) -> tuple[int, float]:
             count = fewest(budget)
             return count, share(count)
 
-        count, measured = latency_budget(self).meet(program, 0, candidate, without, context)
+        count, measured = self.meet_latency(program, 0, candidate, without, context)
         return count, {"latency": measured}
 
     def _ranked(self, program: Program, blocks: list[Block], context: PassContext) -> list[Block]:

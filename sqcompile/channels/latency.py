@@ -10,28 +10,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from sqcompile.backend import get_backend
-from sqcompile.errors import InputError, PassOptionError
+from sqcompile.errors import InputError
 from sqcompile.input_spec import example_call
 from sqcompile.measure import alternate
 from sqcompile.pipeline import parse_pass
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 
-BackendName = Literal["native", "onnxruntime", "reference"]
-
 _TRIALS = 8
 _RUNS = 20
 # Aimed a little below the budget, so that the noise of a measurement does not make it miss; and met when
 # not much is given away.
 _AIM, _CLOSE = 0.98, 0.94
-
-BUDGETS = ("ratio", "macs", "parameters", "latency", "latency_ms")
-"""Options of which passes that remove parts take one."""
 
 T = TypeVar("T")
 
@@ -122,9 +117,7 @@ class Stopwatch:
         InputError: If there are no inputs to run it with.
     """
 
-    def __init__(
-        self, program: Program, context: PassContext, backend: BackendName, threads: int | None
-    ) -> None:
+    def __init__(self, program: Program, context: PassContext, backend: str, threads: int | None) -> None:
         self._backend = get_backend(backend)
         self._threads = threads or torch.get_num_threads()
         self._inputs = _inputs(program, context)
@@ -160,96 +153,3 @@ def _inputs(program: Program, context: PassContext) -> Sequence[Any]:
             next_step="pass calibration=[batch, …] to sqcompile.compile",
         )
     return program.signature.bind(*call)
-
-
-@dataclass(frozen=True)
-class LatencyBudget:
-    """The time that a program may take.
-
-    Attributes:
-        share: Share of what it takes now, or None.
-        time_ms: Or the time itself.
-        backend: Where it is measured.
-        threads: Threads within an operator; None: as many as PyTorch uses.
-    """
-
-    share: float | None
-    time_ms: float | None
-    backend: BackendName
-    threads: int | None
-
-    def meet(
-        self,
-        program: Program,
-        nothing: T,
-        choose: Callable[[float], tuple[T, float]],
-        shrunk: Callable[[T], Program],
-        context: PassContext,
-    ) -> tuple[T, dict[str, Any]]:
-        """Return the candidate that meets the budget, and what was measured.
-
-        Args:
-            program: The program as it is.
-            nothing: The candidate that removes nothing.
-            choose: As `search_latency` takes it.
-            shrunk: Returns a copy of the program that is a candidate.
-            context: Holds inputs; told what was measured.
-
-        Raises:
-            PassOptionError: If even the smallest candidate takes longer.
-        """
-        stopwatch = Stopwatch(program, context, self.backend, self.threads)
-        before = stopwatch.time_ns
-        budget = self.share if self.time_ms is None else self.time_ms * 1e6 / before
-        assert budget is not None
-        facts: dict[str, Any] = {"backend": self.backend, "before_ns": before, "trials": []}
-        if budget >= 1:
-            context.remark("program", f"takes {before / 1e6:.3g} ms in {self.backend} as it is")
-            return nothing, facts
-        search = search_latency(choose, lambda item: stopwatch.share(shrunk(item)), budget)
-        facts["trials"] = [
-            {
-                "macs": trial.macs,
-                "predicted_ns": trial.predicted * before,
-                "after_ns": trial.measured * before,
-            }
-            for trial in search.trials
-        ]
-        best = search.best
-        if best is None:
-            least = min(trial.measured for trial in search.trials)
-            raise PassOptionError(
-                f"{context.origin} cannot bring the latency down that far.",
-                where=f"pass {context.origin}",
-                seen=f"{budget * before / 1e6:.3g} ms of {before / 1e6:.3g} ms, in {self.backend}",
-                expected=f"{least * before / 1e6:.3g} ms or more: so long took the fastest that was measured",
-                next_step="ask for less, or remove other kinds of units as well",
-            )
-        facts |= {"predicted_ns": best.predicted * before, "after_ns": best.measured * before}
-        context.remark(
-            "program",
-            f"takes {facts['after_ns'] / 1e6:.3g} ms of {before / 1e6:.3g} ms in {self.backend} "
-            f"(predicted: {facts['predicted_ns'] / 1e6:.3g} ms)",
-        )
-        return best.candidate, facts
-
-
-def check_budgets(options: Any) -> None:
-    """Check the options of a pass that say what may be left.
-
-    Raises:
-        PassOptionError: If one is out of range.
-    """
-    for name in ("macs", "parameters", "latency"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value <= 1:
-            raise options.reject_option(name, "a fraction of what there is that may be left, 0 < f ≤ 1")
-    if options.latency_ms is not None and not options.latency_ms > 0:
-        raise options.reject_option("latency_ms", "a time in milliseconds, more than 0")
-    if options.threads is not None and options.threads < 1:
-        raise options.reject_option("threads", "1 or more")
-
-
-def latency_budget(options: Any) -> LatencyBudget:
-    """Return the budget that the options of a pass ask for."""
-    return LatencyBudget(options.latency, options.latency_ms, options.backend, options.threads)

@@ -8,34 +8,27 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sqcompile.channels.budget import BUDGETS, Budgeted
 from sqcompile.channels.compensate import compensate, losses
 from sqcompile.channels.cost import Costs
 from sqcompile.channels.flow import flow_of
 from sqcompile.channels.groups import Group, Groups, find_groups
 from sqcompile.channels.importance import NEEDS_DATA, Importance, score_units
-from sqcompile.channels.latency import BUDGETS, BackendName, check_budgets, latency_budget
 from sqcompile.channels.select import Choice, Scores, choose_by_budget, choose_by_ratio, without_overlap
 from sqcompile.channels.shrink import Shrink
-from sqcompile.errors import ChannelGroupError, PassOptionError
+from sqcompile.errors import ChannelGroupError
 from sqcompile.layers import layers_of, select_layers
 from sqcompile.levels import Level
-from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
+from sqcompile.pipeline import Keeps, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 from sqcompile.text import locate
 
 
-class Removal(Pass, register=False):
+class Removal(Budgeted, register=False):
     """Base of the passes that remove units of channel groups; it has no name of its own.
 
     Attributes:
-        ratio: Fraction of units to remove.
-        macs: Instead: fraction of the multiply-accumulates that may be left.
-        parameters: Instead: fraction of the parameters that may be left.
-        latency: Instead: fraction of the measured time that may be left.
-        latency_ms: Instead: the time that a call may take.
-        backend: Where the time is measured.
-        threads: Threads within an operator there.
         importance: What units are ranked by.
         scope: Whether every group loses alike.
         round_to: What is left of a group is a multiple of this.
@@ -48,13 +41,6 @@ class Removal(Pass, register=False):
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
 
-    ratio: float | None = None
-    macs: float | None = None
-    parameters: float | None = None
-    latency: float | None = None
-    latency_ms: float | None = None
-    backend: BackendName = "onnxruntime"
-    threads: int | None = None
     importance: Importance = "l2"
     scope: Literal["layer", "global"] = "layer"
     round_to: int = 1
@@ -72,12 +58,9 @@ class Removal(Pass, register=False):
         Raises:
             PassOptionError: If they do.
         """
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise self.reject_option(given[-1] if given else "ratio", f"one of {', '.join(BUDGETS)}")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
-            raise self.reject_option("ratio", "a fraction r of units to remove, 0 ≤ r < 1")
-        check_budgets(self)
+        if self.budget is None:
+            raise self.reject_option("ratio", f"one of {', '.join(BUDGETS)}")
+        self.check_budget()
         if self.round_to < 1:
             raise self.reject_option("round_to", "1 or more")
 
@@ -169,11 +152,10 @@ class Removal(Pass, register=False):
         def by_share(budget: float) -> Choice | None:
             return choose_by_budget(chosen, scores, share, budget, together=together, round_to=self.round_to)
 
-        name, budget = ("macs", self.macs) if self.macs is not None else ("parameters", self.parameters)
-        if budget is not None:
-            within = by_share(budget)
+        if self.budget in ("macs", "parameters"):
+            within = by_share(getattr(self, self.budget))
             if within is None:
-                raise self._unreachable(name, budget, share(smallest))
+                raise self.unreachable(self.budget, share(smallest), "with one unit of each group")
             return within, {}
 
         def candidate(budget: float) -> tuple[Choice, float]:
@@ -188,8 +170,7 @@ class Removal(Pass, register=False):
             edit.finish()
             return copy
 
-        budgeted = latency_budget(self)
-        choice, measured = budgeted.meet(program, Choice({}), candidate, shrunk, context)
+        choice, measured = self.meet_latency(program, Choice({}), candidate, shrunk, context)
         return choice, {"latency": measured}
 
     def _scores(self, program: Program, chosen: Sequence[Group], context: PassContext) -> Scores:
@@ -207,15 +188,6 @@ class Removal(Pass, register=False):
         for group, reason in remarks:
             context.remark(group.node, reason)
         return scores
-
-    def _unreachable(self, name: str, budget: float, least: float) -> PassOptionError:
-        return PassOptionError(
-            f"{self.name} cannot bring the {name} down that far.",
-            where=f"pass {self.name}",
-            seen=f"{name}={budget:g}",
-            expected=f"{least:.3f} or more: so much is left with one unit of each group",
-            next_step="ask for less, or remove other kinds of units as well",
-        )
 
     def _why_none(self, group: Group) -> str:
         if self.scope == "global":

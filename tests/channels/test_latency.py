@@ -12,7 +12,7 @@ from torch import nn
 
 from sqcompile import Program
 from sqcompile.calibration import Calibration
-from sqcompile.channels import count_macs, latency
+from sqcompile.channels import count_macs
 from sqcompile.channels.flow import flow_of
 from sqcompile.channels.latency import search_latency
 from sqcompile.errors import PassOptionError
@@ -82,7 +82,7 @@ def macs_are_time(monkeypatch: pytest.MonkeyPatch) -> None:
         def share(self, candidate: Program) -> float:
             return 0.5 + 0.5 * count_macs(flow_of(candidate)) / self.whole
 
-    monkeypatch.setattr(latency, "Stopwatch", Clock)
+    monkeypatch.setattr("sqcompile.channels.budget.Stopwatch", Clock)
 
 
 @pytest.mark.usefixtures("macs_are_time")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sqcompile import Program
 from sqcompile.blocks import find_blocks
-from sqcompile.channels import latency
 from sqcompile.errors import CalibrationError, PassOptionError, SelectionError
 from sqcompile.passes import RemoveLayers
 from sqcompile.testing import check_pass
@@ -124,7 +123,7 @@ def test_a_latency_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         def share(self, candidate: Program) -> float:
             return 0.4 + 0.15 * len(find_blocks(candidate))
 
-    monkeypatch.setattr(latency, "Stopwatch", Clock)
+    monkeypatch.setattr("sqcompile.channels.budget.Stopwatch", Clock)
     _, result = remove(RemoveLayers(latency=0.75, importance="last"), trace(deep(), (X,)))
     assert result.facts["removed"] == ["layers.1", "layers.2"]
     assert result.facts["latency"]["after_ns"] == pytest.approx(0.7e6)
