@@ -34,7 +34,14 @@ from sqcompile.passes.quantize import (
     QuantizeWeights,
     RelaxClamps,
 )
-from sqcompile.passes.train import FineTune, PruneGradually, TrainAdapters, TrainQuantized, TrainSparse
+from sqcompile.passes.train import (
+    DistillBlocks,
+    FineTune,
+    PruneGradually,
+    TrainAdapters,
+    TrainQuantized,
+    TrainSparse,
+)
 
 __all__ = [
     "GPTQ",
@@ -43,6 +50,7 @@ __all__ = [
     "CanonicalizeActivations",
     "CanonicalizeLayers",
     "CorrectBias",
+    "DistillBlocks",
     "EqualizeLayers",
     "FineTune",
     "FoldBatchNorm",

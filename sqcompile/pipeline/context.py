@@ -15,6 +15,7 @@ from sqcompile.remarks import Remark
 
 if TYPE_CHECKING:
     from sqcompile.calibration import Calibration
+    from sqcompile.program import Program
 
 
 @dataclass
@@ -27,6 +28,7 @@ class PassContext:
         max_memory: Cap on the resident memory that a pass may use, in bytes, or None.
         work_dir: Folder for intermediate results of long passes, or None.
         progress: Where long work reports how far it is.
+        original: The program as it was before the first pass, to compare with or to learn from; the manager sets it.
     """
 
     calibration: Calibration | None = None
@@ -36,6 +38,7 @@ class PassContext:
     progress: Progress = field(default_factory=SilentProgress)
     origin: str = ""
     remarks: list[Remark] = field(default_factory=list)
+    original: Program | None = None
 
     def remark(self, node: fx.Node | str, reason: str) -> None:
         """Say why a rewrite did or did not happen at a node."""

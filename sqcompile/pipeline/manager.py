@@ -116,6 +116,7 @@ class PassManager:
         numbers = NumberGuard(program, self.check_batches if self.verify != "off" else ())
         tensors = TensorGuard(content=self.verify == "each")
         first = program.snapshot() if self.verify == "ends" else None
+        context.original = program.snapshot()
         records: list[PassRecord] = []
         for index, item in enumerate(self.passes):
             context.progress.note(f"[{index + 1}/{len(self.passes)}] {item}")
