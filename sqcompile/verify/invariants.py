@@ -20,6 +20,7 @@ from sqcompile.sparsity import Sparsity, as_matrix
 from sqcompile.text import locate
 
 _INT32_MAX = 2**31 - 1
+_SATURATE = "saturate them with clamp(qmin, qmax), or give the node the range of its format"
 
 
 def check_quantization(program: Program) -> None:
@@ -128,7 +129,9 @@ def _check_parameters(program: Program, node: fx.Node) -> None:
                 next_step="round it, and convert it with .to(torch.int32)",
             )
         _check_shape(node, "zero point", zero_point, expected)
-        _check_range(node, "A zero point is out of the range of its codes.", zero_point)
+        _check_range(
+            node, "A zero point is out of the range of its codes.", zero_point, _range(node), _SATURATE
+        )
     source = argument(node, 0)
     if _is(node, "dequantize") and isinstance(source, fx.Node) and source.op == "get_attr":
         codes = program.tensor(source)
@@ -142,25 +145,16 @@ def _check_parameters(program: Program, node: fx.Node) -> None:
                 expected="an integer type",
                 next_step="store what sqcompile.quantization.quantize returns",
             )
-        _check_range(node, "Stored codes are out of their range.", codes)
+        _check_range(node, "Stored codes are out of their range.", codes, (qmin, qmax), _SATURATE)
         _set_checked(node, "codes_checked", [codes], f"{qmin}:{qmax}")
 
 
 def _check_lookup(program: Program, node: fx.Node) -> None:
     codes, table = (constant_value(program, item) for item in node.args if isinstance(item, fx.Node))
-    if codes is None or table is None or codes.numel() == 0:
+    if codes is None or table is None or _is_checked(node, "codes_checked", [codes, table], ""):
         return
-    if _is_checked(node, "codes_checked", [codes, table], ""):
-        return
-    low, high = (int(bound) for bound in codes.aminmax())
-    if low < 0 or high >= table.numel():
-        raise VerifyError(
-            "Stored codes are out of their table.",
-            where=locate(node),
-            seen=f"{low} to {high}",
-            expected=f"0 to {table.numel() - 1}",
-            next_step="store what sqcompile.quantization.lookup.encode returns for this table",
-        )
+    encode = "store what sqcompile.quantization.lookup.encode returns for this table"
+    _check_range(node, "Stored codes are out of their table.", codes, (0, table.numel() - 1), encode)
     _set_checked(node, "codes_checked", [codes, table], "")
 
 
@@ -186,18 +180,19 @@ def _check_shape(node: fx.Node, what: str, value: torch.Tensor, expected: tuple[
     )
 
 
-def _check_range(node: fx.Node, what: str, value: torch.Tensor) -> None:
+def _check_range(
+    node: fx.Node, what: str, value: torch.Tensor, range_: tuple[int, int], next_step: str
+) -> None:
     if value.numel() == 0:
         return
-    qmin, qmax = _range(node)
     low, high = (int(bound) for bound in value.aminmax())
-    if low < qmin or high > qmax:
+    if low < range_[0] or high > range_[1]:
         raise VerifyError(
             what,
             where=locate(node),
             seen=f"{low} to {high}",
-            expected=f"{qmin} to {qmax}",
-            next_step="saturate them with clamp(qmin, qmax), or give the node the range of its format",
+            expected=f"{range_[0]} to {range_[1]}",
+            next_step=next_step,
         )
 
 
