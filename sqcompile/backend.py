@@ -14,6 +14,7 @@ from torch import fx
 
 from sqcompile.errors import BackendError, UnsupportedError, did_you_mean
 from sqcompile.program import Program
+from sqcompile.progress import Progress
 from sqcompile.signature import Signature
 
 # Modules that define `BACKEND`, an instance; imported only when asked for, so that a missing runtime
@@ -178,6 +179,27 @@ class Backend(ABC):
             FileError: If the file is missing, damaged or of another kind.
             BackendError: If the runtime refuses it.
         """
+
+    def calibrate(self, *, threads: int | None = None, progress: Progress | None = None) -> Path:
+        """Measure on this machine what the choice of kernels depends on, and keep it in the user's cache.
+
+        Args:
+            threads: Threads within an operator; None: as many as a session has.
+            progress: Where it reports.
+
+        Returns:
+            The file that was written (JSON).
+
+        Raises:
+            BackendError: If the backend chooses nothing by measured times.
+            FileError: If the file cannot be written.
+        """
+        raise BackendError(
+            f"The {self.name} backend chooses no kernels by measured times.",
+            where="calibrate",
+            expected="native",
+            next_step="measure the native backend's kernels: sqcompile bench --kernels",
+        )
 
     def unsupported(self, program: Program) -> list[tuple[fx.Node, str]]:
         """Return every node that the backend cannot run, with the reason."""

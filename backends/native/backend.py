@@ -10,6 +10,7 @@ from torch import fx
 from sqcompile.backend import Artifact, Backend, Session
 from sqcompile.errors import BackendError
 from sqcompile.program import Program
+from sqcompile.progress import Progress
 
 
 class NativeBackend(Backend):
@@ -67,6 +68,24 @@ class NativeBackend(Backend):
                 next_step="load it with the backend that lowered it",
             )
         return load(source, threads)
+
+    def calibrate(self, *, threads: int | None = None, progress: Progress | None = None) -> Path:
+        """Measure the kernels on this machine, and keep their times in the user's cache.
+
+        Args:
+            threads: Threads of each product; None: as many as a session has. Lowering asks for those only.
+            progress: Where it reports.
+
+        Raises:
+            BackendError: If there cannot be so many threads.
+            FileError: If the file cannot be written.
+        """
+        from sqcompile.backends.native.kernel_times import cache_file
+        from sqcompile.backends.native.measure_kernels import measure_kernels
+        from sqcompile.backends.native.session import check_threads
+
+        threads = check_threads(threads)
+        return measure_kernels(threads=threads, progress=progress).save(cache_file(threads))
 
 
 BACKEND = NativeBackend()

@@ -190,16 +190,7 @@ def load(source: NativeArtifact | Path, threads: int | None) -> NativeSession:
         FileError: If the file is missing, damaged, or another tool's.
         BackendError: If there cannot be so many threads.
     """
-    if threads is None:
-        threads = min(cpu_features().physical_cores, _MOST_THREADS)
-    if not 1 <= threads <= _MOST_THREADS:
-        raise BackendError(
-            "A session cannot have so many threads.",
-            where="threads",
-            seen=threads,
-            expected=f"1 to {_MOST_THREADS}, or None",
-            next_step="pass threads=None to use every core",
-        )
+    threads = check_threads(threads)
     if isinstance(source, NativeArtifact):
         # Through a file, so that the weights are in memory once, as the page cache holds them.
         with tempfile.TemporaryDirectory(prefix="sqcompile.") as folder:
@@ -218,3 +209,22 @@ def load(source: NativeArtifact | Path, threads: int | None) -> NativeSession:
             expected="a whole .sqm file of a version that this build reads",
             next_step="save the model again",
         ) from error
+
+
+def check_threads(threads: int | None) -> int:
+    """Return a number of threads that a session can have; None: one a core.
+
+    Raises:
+        BackendError: If there cannot be so many.
+    """
+    if threads is None:
+        return min(cpu_features().physical_cores, _MOST_THREADS)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS:
+        raise BackendError(
+            "A session cannot have so many threads.",
+            where="threads",
+            seen=repr(threads),
+            expected=f"1 to {_MOST_THREADS}, or None",
+            next_step="pass threads=None to use every core",
+        )
+    return threads

@@ -133,7 +133,7 @@ def _errors(as_json: bool, debug: bool) -> Iterator[None]:
     """Turn exceptions into a message on standard error and an exit code."""
     try:
         yield
-    except (typer.Exit, typer.Abort, SystemExit):
+    except (typer.Exit, typer.Abort, typer.BadParameter, SystemExit):
         raise
     except KeyboardInterrupt:
         say("Interrupted.")

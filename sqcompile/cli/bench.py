@@ -9,6 +9,7 @@ import typer
 
 from sqcompile.cli import options
 from sqcompile.cli.answer import Answer, command, progress
+from sqcompile.cli.bench_kernels import bench_kernels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,11 +44,21 @@ class Timing:
 @command
 def bench(
     subjects: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="MODEL_OR_ARTIFACT...", help=f".onnx files, folders with one; {options.MODEL_HELP}"
+            metavar="MODEL_OR_ARTIFACT...",
+            help=f".sqm and .onnx files, folders with one; {options.MODEL_HELP}",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Measure the native engine's kernels on this machine, about a minute: from then on, compiling "
+            "chooses the form of weights by these times.",
+        ),
+    ] = False,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="Calls of each before.")] = 5,
     threads: options.Threads = None,
@@ -69,8 +80,15 @@ def bench(
     **Examples**
 
         sqcompile bench nets.py:resnet build/resnet.onnx -d images.npz --threads 1
-        sqcompile bench dense.onnx int8.onnx sparse.onnx --runs 200
+        sqcompile bench dense.onnx int8.sqm sparse.sqm --runs 200
+        sqcompile bench --kernels
     """
+    if kernels:
+        if subjects:
+            raise typer.BadParameter(f"--kernels measures no models: leave out {', '.join(subjects)}")
+        return bench_kernels(backend or "native", threads)
+    if not subjects:
+        raise typer.BadParameter("name models or artifacts to measure, or pass --kernels")
     import torch
 
     from sqcompile.cli.subjects import Feed, flat_batches, open_subject
@@ -100,11 +118,12 @@ def _session(subject: Subject, backend: str, threads: int) -> tuple[Session, str
     """Return a session, the name of its backend and the artifact's size."""
     from sqcompile.api import choose_backend
     from sqcompile.backend import get_backend
+    from sqcompile.saving import SUFFIXES
 
     if subject.session is not None:
         assert subject.path is not None
         size = sum(file.stat().st_size for file in subject.path.parent.glob(f"{subject.path.name}*"))
-        return subject.session, "onnxruntime", size
+        return subject.session, SUFFIXES[subject.path.suffix], size
     assert subject.program is not None
     target = choose_backend(subject.program)[0] if backend == "auto" else get_backend(backend)
     artifact = target.lower(subject.program)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 
 def test_measures_models_and_artifacts_against_the_first(run, folder: Path) -> None:
     run("compile", "net.py:make", "-d", "x.npz", "-o", "net.onnx")
@@ -38,3 +40,41 @@ def test_a_missing_artifact_is_named(run, folder: Path) -> None:
     result = run("bench", "net.onx")
     assert result.code == 1
     assert "'net.onx' cannot be read" in result.err
+
+
+def test_a_command_line_without_a_subject_or_with_too_many(run, folder: Path) -> None:
+    result = run("bench")
+    assert result.code == 2 and "name models or artifacts to measure" in result.err
+    result = run("bench", "net.sqm", "--kernels")
+    assert result.code == 2 and "leave out net.sqm" in result.err
+
+
+def test_artifacts_of_the_engine_are_called_so(run, folder: Path) -> None:
+    (folder / "mlp.py").write_text(
+        "import torch\n\ndef make():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()).eval()\n"
+    )
+    run("compile", "mlp.py:make", "-i", "input: f32[2, 3]", "-o", "mlp.sqm")
+    data = run("bench", "mlp.sqm", "--runs", "1", "--json").json
+    assert [timing["backend"] for timing in data["timings"]] == ["native"]
+
+
+def test_kernels_are_measured_and_kept(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sqcompile.backends.native import kernel_times, measure_kernels
+    from sqcompile.backends.native.kernel_times import SHIPPED, KernelTimes
+
+    monkeypatch.setenv(kernel_times.CACHE_VARIABLE, str(folder / "cache"))
+    measured = []
+
+    def measure(**options: object) -> KernelTimes:
+        measured.append(options["threads"])
+        return KernelTimes.load(SHIPPED)
+
+    monkeypatch.setattr(measure_kernels, "measure_kernels", measure)
+    result = run("bench", "--kernels", "--threads", "3", "--json")
+    assert result.code == 0, result.err
+    assert measured == [3] and result.json["path"] == str(kernel_times.cache_file(3))
+    assert KernelTimes.load(kernel_times.cache_file(3)).forms == KernelTimes.load(SHIPPED).forms
+    shown = run("bench", "--kernels", "--threads", "3").out
+    assert "4-bit, bitmask" in shown and "Written to" in shown
+    refused = run("bench", "--kernels", "--backend", "onnxruntime")
+    assert refused.code == 1 and "chooses no kernels by measured times" in refused.err
