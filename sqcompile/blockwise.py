@@ -103,7 +103,7 @@ def outermost(modules: Iterable[Module]) -> list[Module]:
 
 
 def numbered(modules: Iterable[Module]) -> list[Module]:
-    """Return the outermost modules that are one of several by a number: `layers.0`, `layers.1`, …"""
+    """Return the outermost modules that are one of several by a number, such as `layers.0`."""
     return outermost(item for item in modules if item.name.rpartition(".")[2].isdigit())
 
 
@@ -171,7 +171,7 @@ def recover_regions(
     """
     student, teacher = Stepwise(program), Stepwise(dense)
     # A quarter each: values at a place of either graph, what enters the block at hand, and what is to leave it.
-    batches = student.batches(context, max_bytes // 4, "distilling blocks: reading")
+    batches = list(student.batches(context, max_bytes // 4, "distilling blocks: reading"))
     ends = {region.output: region for region in regions}
     starts = {node: region for region in regions for node in region.nodes}
     entered: dict[str, dict[fx.Node, list[Any]]] = {region.name: {} for region in regions}
@@ -205,7 +205,7 @@ def recover_regions(
             continue
         for source in node.all_input_nodes:
             if source in region.entering and source not in entered[region.name]:
-                entered[region.name][source] = read(source)
+                entered[region.name][source] = list(read(source))
     return found
 
 

@@ -26,7 +26,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        result: Tensor = x + self.down(torch.relu(self.up(x)))
+        return result
 
 
 class Model(nn.Module):
@@ -41,7 +42,8 @@ class Model(nn.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        result: Tensor = self.head(x)
+        return result
 
 
 class Tied(Model):
@@ -159,7 +161,9 @@ def test_a_weight_that_something_else_reads_stays() -> None:
     program, _ = run(HALF, DistillBlocks(epochs=3, rate=1e-2), kind=Tied)
     dense = model(Tied)
     assert torch.equal(program.tensor("blocks.1.up.weight"), dense.get_parameter("blocks.1.up.weight"))
-    assert not torch.equal(program.tensor("blocks.1.down.weight"), dense.get_parameter("blocks.1.down.weight"))
+    assert not torch.equal(
+        program.tensor("blocks.1.down.weight"), dense.get_parameter("blocks.1.down.weight")
+    )
 
 
 def test_the_model_keeps_its_weights_and_runs_repeat() -> None:
