@@ -100,6 +100,7 @@ def pack_grouped_int8(
     scale: Floats,
     group_size: int,
     *,
+    zero_point: NDArray[np.int8] | None = None,
     bias: Floats | None = None,
     half_scales: bool = True,
 ) -> Int4Weight:
@@ -107,7 +108,7 @@ def pack_grouped_int8(
 
     For activations with group scales too; with one scale an output and a row, `pack_int8` is faster.
 
-    Shapes: weight [N, K], -127..127; scale [N, ceil(K / group_size)]; bias [N].
+    Shapes: weight [N, K], -127..127; scale and zero_point [N, ceil(K / group_size)]; bias [N].
 
     Raises:
         InputError: A shape or dtype is wrong, or a weight is -128.
@@ -125,7 +126,9 @@ def pack_grouped_int8(
         codes=packed,
         table=np.zeros(16, np.int8),
         scale=group_scales(scale, n, k, group_size, half_scales),
-        zero_point=None,
+        zero_point=None
+        if zero_point is None
+        else _by_group(zero_point, n, k, group_size, np.int8, "zero_point"),
         bias=optional_bias(bias, n),
         bits=8,
     )

@@ -21,6 +21,10 @@ sq = torch.ops.sqcompile
 # them the dense kernels read hardly more and compute faster.
 SPARSE_FROM = 0.3
 
+# The same for codes of so many bits. Those kept take 4 bits behind a bitmask, so that of 3 and 2 bits half and
+# three quarters of the weights have to be zero before a file is smaller; expanding costs more on top of it.
+_CODES_SPARSE_FROM = {2: 0.85, 3: 0.6, 4: SPARSE_FROM}
+
 # Time of a product that skips blocks of outputs × 4 inputs, as a part of the dense one's: so much for what is kept,
 # and so much at any rate (docs/kernels.md, 128 rows). Wide blocks share loads, but are zero less often.
 _BLOCK_TIME = {1: (1.33, 0.09), 4: (1.03, 0.075), 16: (1.19, 0.045)}
@@ -143,9 +147,10 @@ def pack(context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | No
     """Pack a weight for the kernel that suits its format and its zeros; None if there is no such kernel."""
     if weight.highest - weight.lowest < 16:
         group = _kernel_group(weight)
-        return None if group is None else _pack_4bit(context, weight, bias, group)
+        return None if group is None else _pack_codes(context, weight, bias, group)
     if weight.scale.shape[1] != 1:
-        return None
+        group = _kernel_group(weight)
+        return None if group is None else _pack_grouped_8bit(context, weight, bias, group)
     values = weight.values
     if values.size and (values.min() < _INT8.min or values.max() > _INT8.max):
         return None
@@ -153,7 +158,7 @@ def pack(context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | No
 
 
 def _kernel_group(weight: StoredWeight) -> int | None:
-    """Return the group size of the 4-bit kernels in which this weight can be written without a change."""
+    """Return the group size of the kernels with group scales in which this weight can be written without a change."""
     if weight.scale.shape[1] == 1:
         # Any will do; the last group of a short row is mostly padding.
         return next((group for group in reversed(_GROUPS) if group >= weight.shape[1]), _GROUPS[0])
@@ -208,47 +213,98 @@ def _block_outputs(values: NDArray[np.int8]) -> int | None:
     return None if best is None or times[best] > BLOCKS_BELOW else best
 
 
-def _pack_4bit(
+def _pack_codes(
     context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, group: int
 ) -> PackedWeight | None:
-    n, k = weight.shape
-    groups = -(-k // group)
-    repeats = max(weight.group_size // group, 1) if weight.scale.shape[1] > 1 else groups
-    scale = np.repeat(weight.scale, repeats, axis=1)[:, :groups]
-    zeros = np.repeat(weight.zero_point, repeats, axis=1)[:, :groups]
+    """Pack codes of at most 4 bits, which index a table."""
+    scale, zeros = _by_kernel_group(weight, group)
+    bits = max((weight.highest - weight.lowest).bit_length(), 2)
     codes = (weight.codes - weight.lowest).astype(np.uint8)
     # One zero point for all is a shift of the table; others are subtracted group by group.
     shift = int(zeros.flat[0]) if zeros.size and (zeros == zeros.flat[0]).all() else None
-    table = np.clip(np.arange(16) + weight.lowest - (shift or 0), -127, 127).astype(np.int8)
+    table = np.clip(np.arange(1 << bits) + weight.lowest - (shift or 0), -127, 127).astype(np.int8)
     if weight.table is not None:
         table[: len(weight.table)] = weight.table
-    half = _fits_half(scale)
     if shift is not None:
         keep = table[codes] != 0
-        if keep.size and 1 - np.count_nonzero(keep) / keep.size >= SPARSE_FROM:
-            sparse = kernels.pack_sparse_int4(codes, keep, table, scale, group, bias=bias, half_scales=half)
-            arrays: list[tuple[Any, str]] = [
-                (sparse.masks, "q4sparse_masks"),
-                (sparse.values, "q4sparse_values"),
-                (sparse.value_start, "panel_starts"),
-                (sparse.table, "plain"),
-                (sparse.scale, "group_panels"),
-            ]
-            form = f"4-bit, bitmask, groups of {group}"
-            return _packed(context, "linear_q4_sparse", arrays, sparse.bias, (n, k, group), group, form)
+        if keep.size and 1 - np.count_nonzero(keep) / keep.size >= _CODES_SPARSE_FROM[bits]:
+            return _pack_kept_codes(context, codes, keep, np.resize(table, 16), scale, group, bias)
     if shift is None and (abs(zeros) > _INT8.max).any():
         return None
     zero_point = None if shift is not None else zeros.astype(np.int8)
-    dense = kernels.pack_int4(codes, table, scale, group, zero_point=zero_point, bias=bias, half_scales=half)
-    arrays = [
-        (dense.codes, "q4gemm"),
-        (dense.table, "plain"),
-        (dense.scale, "group_panels"),
-        (dense.zero_point, "group_panels"),
-    ]
-    return _packed(
-        context, "linear_q4", arrays, dense.bias, (n, k, group), group, f"4-bit, groups of {group}"
+    half = _fits_half(scale)
+    dense = kernels.pack_int4(
+        codes, table, scale, group, zero_point=zero_point, bias=bias, half_scales=half, bits=bits
     )
+    return _packed_groups(context, dense)
+
+
+def _pack_kept_codes(
+    context: Lowering,
+    codes: NDArray[np.uint8],
+    keep: NDArray[np.bool_],
+    table: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    group: int,
+    bias: NDArray[np.float32] | None,
+) -> PackedWeight:
+    half = _fits_half(scale)
+    sparse = kernels.pack_sparse_int4(codes, keep, table, scale, group, bias=bias, half_scales=half)
+    arrays: list[tuple[Any, str]] = [
+        (sparse.masks, "q4sparse_masks"),
+        (sparse.values, "q4sparse_values"),
+        (sparse.value_start, "panel_starts"),
+        (sparse.table, "plain"),
+        (sparse.scale, "group_panels"),
+    ]
+    form = f"4-bit, bitmask, groups of {group}"
+    return _packed(context, "linear_q4_sparse", arrays, sparse.bias, (*codes.shape, group), group, form)
+
+
+def _pack_grouped_8bit(
+    context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, group: int
+) -> PackedWeight | None:
+    """Pack codes of 5 to 8 bits, which are their own values, around the middle of their range."""
+    scale, zeros = _by_kernel_group(weight, group)
+    middle = (weight.lowest + weight.highest + 1) // 2
+    codes, zeros = weight.codes - middle, zeros - middle
+    most = int(_INT8.max)
+    if weight.table is not None or abs(zeros).max(initial=0) > most or abs(codes).max(initial=0) > most:
+        return None
+    same = not zeros.any()
+    half = _fits_half(scale)
+    dense = kernels.pack_grouped_int8(
+        codes.astype(np.int8),
+        scale,
+        group,
+        zero_point=None if same else zeros.astype(np.int8),
+        bias=bias,
+        half_scales=half,
+    )
+    return _packed_groups(context, dense)
+
+
+def _by_kernel_group(weight: StoredWeight, group: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return scales and zero points of groups of this size, of which one of the weight's is a multiple."""
+    groups = -(-weight.shape[1] // group)
+    repeats = max(weight.group_size // group, 1) if weight.scale.shape[1] > 1 else groups
+    scale, zeros = (
+        np.repeat(item, repeats, axis=1)[:, :groups] for item in (weight.scale, weight.zero_point)
+    )
+    return scale, zeros
+
+
+def _packed_groups(context: Lowering, weight: kernels.Int4Weight) -> PackedWeight:
+    group = weight.group_size
+    arrays: list[tuple[Any, str]] = [
+        (weight.codes, "q4gemm"),
+        (weight.table, "plain"),
+        (weight.scale, "group_panels"),
+        (weight.zero_point, "group_panels"),
+    ]
+    ints = (weight.n, weight.k, group, weight.bits)
+    form = f"{weight.bits}-bit, groups of {group}"
+    return _packed(context, "linear_q4", arrays, weight.bias, ints, group, form)
 
 
 def _fits_half(scale: NDArray[np.float32]) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sqcompile.backends.native import kernels
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.session import NativeSession
 from sqcompile.levels import Level
@@ -211,6 +212,90 @@ def test_tables_run_on_the_kernels_of_their_bits(text: str, zeros: float, lower:
         (result,), (expected,) = session.run([rows]), program.run([rows])
     # What is left are the weight's scales, which the kernels keep to 11 bits.
     assert float((result - expected).norm() / expected.norm()) < 2**-11
+
+
+GROUPED = {
+    "int2:group=32": 2,
+    "uint2:affine:group=64": 2,
+    "int3:group=128": 3,
+    "uint3:affine:group=32": 3,
+    "int3:group=64:mapping=codebook": 3,
+    "uint4:affine:group=32": 4,
+    "int5:group=32": 8,
+    "uint6:affine:group=64": 8,
+    "int8:group=128": 8,
+    "int8:narrow:group=256": 8,
+}
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+@pytest.mark.parametrize("text", GROUPED)
+def test_groups_are_stored_and_multiplied_at_their_size(
+    text: str, isa: str, lower: Lower, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Activations that are codes already leave only the weights' scales, which the kernels keep to 11 bits."""
+    bits, columns = GROUPED[text], 512
+    model = nn.Linear(columns, 48).eval()
+    with torch.no_grad():
+        model.weight.copy_(values(48, columns))
+    program = trace(model, (values(2, columns),), dynamic_shapes={"input": {0: torch.export.Dim.DYNAMIC}})
+    PassManager([QuantizeWeights(weight=Format.parse(text))]).run(program, PassContext())
+    artifact = lower(program)
+    (step,) = (step for step in artifact.plan.steps if step.operator == "linear_q4")
+    assert step.ints[3] == bits
+    codes = step.inputs[3]
+    assert codes is not None and codes.shape == (48 * columns * bits // 8,)
+    monkeypatch.setenv("SQCOMPILE_ISA", isa)
+    session = load(artifact)
+    monkeypatch.setenv("SQCOMPILE_ISA", "scalar")
+    scalar = load(artifact)
+    for rows in (1, 3, 21):
+        x = torch.randint(-127, 128, (rows, columns), generator=torch.Generator().manual_seed(rows)).float()
+        x[:, ::32] = 127.0  # each group's scale is 1, so its codes are the values themselves
+        with torch.no_grad():
+            (result,), (expected,) = session.run([x]), program.run([x])
+        assert float((result - expected).norm() / expected.norm()) < 2**-11
+        assert torch.equal(result, scalar.run([x])[0])
+
+
+def test_groups_of_bytes_that_no_code_of_the_kernel_holds_are_multiplied_in_float(
+    lower: Lower, load: Load
+) -> None:
+    """The kernels' 8-bit weights are -127 to 127; codes 0 to 255 with zero points are 256 values."""
+    program = trace(nn.Linear(64, 16), (values(3, 64),))
+    PassManager([QuantizeWeights(weight=Format.parse("uint8:affine:group=32"))]).run(program, PassContext())
+    artifact = lower(program)
+    assert any("no integer kernel has its format" in note for note in artifact.notes)
+    x = values(3, 64)
+    torch.testing.assert_close(load(artifact).run([x])[0], program.run([x])[0].detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "zeros", "step"),
+    [
+        ("int3:group=32", 0.5, "linear_q4"),
+        ("int3:group=32", 0.8, "linear_q4_sparse"),
+        ("int2:group=32", 0.7, "linear_q4"),
+        ("int2:group=32", 0.95, "linear_q4_sparse"),
+    ],
+)
+def test_few_bits_get_a_bitmask_only_where_it_is_smaller(
+    text: str, zeros: float, step: str, lower: Lower, load: Load
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(256, 64, bias=False).eval()
+    with torch.no_grad():
+        # No code of what is kept is zero: magnitudes are near each other.
+        model.weight.copy_(values(64, 256).sign() * (1 + 0.1 * torch.rand(64, 256)))
+        model.weight.mul_(torch.rand(64, 256) >= zeros)
+    program = trace(model, (values(2, 256),))
+    PassManager([QuantizeWeights(weight=Format.parse(text))]).run(program, PassContext())
+    session = load(lower(program))
+    assert step in {name for name, _ in session.model.steps}
+    x = values(2, 256)
+    (result,), (expected,) = session.run([x]), program.run([x])
+    # Activations are rounded to 8 bits by groups: 1/254 of a group's largest value at most.
+    assert float((result - expected).detach().norm() / expected.detach().norm()) < 0.01
 
 
 @pytest.mark.parametrize(("rows", "sparsity", "form"), [(1, 0.8, "1x4"), (4, 0.6, "4x4"), (16, 0.9, "16x4")])

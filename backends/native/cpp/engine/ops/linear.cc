@@ -320,9 +320,11 @@ Status run_linear(RunContext& c) noexcept {
   return fgemm(c.pool, c.kernels.fgemm, p, c.scratch);
 }
 
-// --- 4-bit products ----------------------------------------------------------------------------------
+// --- products with group scales ----------------------------------------------------------------------
 
 namespace {
+
+constexpr std::int64_t kDefaultBits = 4;  // of files that do not say
 
 Status check_q4(const WeightArrays& w) noexcept {
   std::int64_t n = 0, k = 0, group = 0;
@@ -344,7 +346,10 @@ Status check_q4(const WeightArrays& w) noexcept {
     return wrong_weights("scales");
   }
   if (!sparse) {
-    if (!w.is(3, DType::u8, Layout::q4gemm, q4gemm_packed_bytes(n, k, group)) ||
+    std::int64_t bits = kDefaultBits;
+    if (w.step.ints > 3) SQC_RETURN_IF_ERROR(w.integer(3, &bits));
+    if ((bits < 2 || bits > 4) && bits != 8) return wrong_weights("codes");
+    if (!w.is(3, DType::u8, Layout::q4gemm, q4gemm_packed_bytes(n, k, group, static_cast<int>(bits))) ||
         !w.optional(6, DType::i8, Layout::group_panels, panels * 16 * groups)) {
       return wrong_weights("arrays");
     }
@@ -393,7 +398,8 @@ Status check_packed_weights(const Plan& plan, const format::Operator& step) noex
 // Inputs: codes i8 [.., stride], scale f32 ([M] or [M, groups]), sums i32 [M, groups], then the weight:
 //   linear_q4         codes, table, scales, zero points or none
 //   linear_q4_sparse  masks, values, starts, table, scales
-// and bias if there is one. ints: n, k, group. floats: the lowest and highest result. Output [.., n].
+// and bias if there is one. ints: n, k, group; of linear_q4 perhaps the bits of a code, 2, 3, 4 or 8, else 4.
+// floats: the lowest and highest result. Output [.., n].
 Status prepare_linear_q4(PrepareContext& c) noexcept {
   const std::int64_t k = c.integer(1), group = c.integer(2), m = c.in(0).rows(), groups = (k + group - 1) / group;
   SQC_REQUIRE(c.in(0).dtype == DType::i8);
@@ -437,6 +443,7 @@ Status run_linear_q4(RunContext& c) noexcept {
   Q4gemmParams params = q4_params(c, 4, 7);
   params.b = c.in(3).as<std::uint8_t>();
   params.b_zero = c.has(6) ? c.in(6).as<std::int8_t>() : nullptr;
+  params.bits = static_cast<int>(c.ints() > 3 ? c.integer(3) : kDefaultBits);
   return q4gemm(c.pool, c.kernels.q4gemm, params, c.scratch);
 }
 
