@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,10 +12,9 @@ from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
-from sqcompile.quantization.format import Format, PerChannel, PerGroup, PerTensor
+from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
-    Decoding,
     fit_decoding,
     forget_unused_promises,
     promised,
@@ -24,10 +22,10 @@ from sqcompile.quantization.stored import (
     weight_tensor,
 )
 from sqcompile.rewrite import Rewriter
-from sqcompile.second_order import Grid, Hessian, inverse_factor, sweep, target
+from sqcompile.second_order import Hessian
 from sqcompile.second_order.layers import obstacle, visit_layers
-from sqcompile.second_order.sweep import chooser
-from sqcompile.sparsity import Pattern, Sparsity
+from sqcompile.second_order.rounding import Rounded, grid_obstacle, round_weight
+from sqcompile.sparsity import Pattern
 
 WEIGHT = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
 
@@ -117,15 +115,15 @@ class GPTQ(Pass):
                 context.remark(layer.node, f"stays in floating point: its weight is {tensor.dtype}")
                 continue
             formats[layer.node], reason = weight_format(layer, choice, tuple(tensor.shape))
-            reason = obstacle(program, layer) or _unlike_grid(formats[layer.node]) or reason
+            reason = obstacle(program, layer) or grid_obstacle(formats[layer.node]) or reason
             if reason is not None:
                 context.remark(layer.node, reason)
-            if obstacle(program, layer) is None and _unlike_grid(formats[layer.node]) is None:
+            if obstacle(program, layer) is None and grid_obstacle(formats[layer.node]) is None:
                 swept.append(layer)
-        results: dict[fx.Node, _Result] = {}
+        results: dict[fx.Node, Rounded] = {}
 
         def visit(layer: Layer, hessian: Hessian) -> Tensor:
-            result = self._quantize(program, layer, formats[layer.node], hessian, context)
+            result = self._round(program, layer, formats[layer.node], hessian, context)
             results[layer.node] = result
             return result.weight
 
@@ -149,70 +147,34 @@ class GPTQ(Pass):
         forget_unused_promises(program)
         return PassResult(edit.changes, facts={"swept": len(swept)})
 
-    def _quantize(
+    def _round(
         self, program: Program, layer: Layer, format: Format, hessian: Hessian, context: PassContext
-    ) -> _Result:
-        dense = weight_tensor(program, layer)
+    ) -> Rounded:
         promise = promised(program, layer.weight_value, layer.weight)
-        wanted = target(dense, hessian)
-        decoding = fit_decoding(wanted, format, self.search, hessian.diagonal)
-        order = None
-        matrix = hessian.matrix
-        if self.act_order and not self._prunes:
-            order = hessian.diagonal.argsort(descending=True, stable=True)
-            matrix = matrix[order][:, order]
-        factor, damping = inverse_factor(matrix, self.damping, f"layer '{layer.name}'")
-        if damping > self.damping:
-            context.remark(
-                layer.node, f"has a singular Hessian: damping {damping:g} instead of {self.damping:g}"
-            )
-        step = self.pattern.m or max(16, self.pattern.columns)
-        swept = sweep(
-            wanted,
-            factor,
-            grid=_grid(decoding, format, dense.shape[1]),
-            choose=chooser(self.pattern, self.sparsity or 0.0) if self._prunes else None,
+        rounded = round_weight(
+            weight_tensor(program, layer),
+            hessian,
+            format,
+            search=self.search,
+            act_order=self.act_order,
+            damping=self.damping,
+            sparsity=self.sparsity,
+            pattern=self.pattern,
             kept=None if promise is None else promise.mask,
-            order=order,
-            step=step,
-            block=128 // step * step or step,
+            where=f"layer '{layer.name}'",
         )
-        mask = swept.mask if self._prunes else None
-        return _Result(swept.weight, mask, self.pattern, decoding)
-
-
-@dataclass(frozen=True)
-class _Result:
-    """A layer's new weight, its mask if it was pruned here, and how its codes are decoded."""
-
-    weight: Tensor
-    mask: Tensor | None
-    pattern: Pattern
-    decoding: Decoding
-
-
-def _unlike_grid(format: Format) -> str | None:
-    granularity = format.granularity
-    if isinstance(granularity, PerTensor) or granularity == PerChannel(0):
-        return None
-    if isinstance(granularity, PerGroup) and granularity.axis in (-1, 1):
-        return None
-    return f"is rounded to nearest: no sweep has a scale {granularity}"
-
-
-def _grid(decoding: Decoding, format: Format, depth: int) -> Grid:
-    group_size = format.granularity.size if isinstance(format.granularity, PerGroup) else depth
-    scale = decoding.scale
-    rows = scale.reshape(-1, 1) if scale.dim() < 2 else scale
-    shifts = decoding.zero_point.reshape(rows.shape)
-    return Grid(rows.float(), shifts.float(), group_size, format.qmin, format.qmax, decoding.table)
+        if rounded.damping > self.damping:
+            context.remark(
+                layer.node, f"has a singular Hessian: damping {rounded.damping:g} instead of {self.damping:g}"
+            )
+        return rounded
 
 
 def _store(
     edit: Rewriter,
     layer: Layer,
     format: Format,
-    result: _Result | None,
+    result: Rounded | None,
     stored: dict[tuple[fx.Node, Format], fx.Node],
     search: Search,
 ) -> None:
@@ -222,10 +184,10 @@ def _store(
         decoding = fit_decoding(weight, format, search) if result is None else result.decoding
         with edit.before(layer.node):
             node = store_weight(edit, value, layer.weight, weight, decoding, format)
-        if result is not None and result.mask is not None:
+        if result is not None and result.sparsity is not None:
             codes = stored_weight(node)
             assert codes is not None
-            edit.program.sparsity[str(codes.target)] = Sparsity(result.mask, result.pattern)
+            edit.program.sparsity[str(codes.target)] = result.sparsity
         stored[value, format] = node
     assert layer.operator.weight is not None
     edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
