@@ -2,6 +2,8 @@
 
 context.py      the plan under construction, and the table of how operators become steps
 shapes.py, elementwise.py, reductions.py, products.py, quantized.py    that table, by kind of operator
+convolutions.py, pooling.py                    the same for images; windows.py: where they look
+codes.py        patterns of 8-bit codes, as integer steps on images; images.py: how those lie
 generation.py   the plan that continues texts; positions.py: what it has to know
 linears.py      products with quantized weights; weights.py: their packed forms
 patterns.py     several operators that are one step
@@ -19,12 +21,15 @@ from torch import fx
 
 from sqcompile.backends.native.file import can_encode
 from sqcompile.backends.native.lower import (  # noqa: F401  (each registers its operators)
+    convolutions,
     elementwise,
+    pooling,
     products,
     quantized,
     reductions,
     shapes,
 )
+from sqcompile.backends.native.lower.codes import find_codes
 from sqcompile.backends.native.lower.context import CHECKS, DTYPES, TABLE, Lowering, constant_nodes, is_size
 from sqcompile.backends.native.lower.fuse import drop_unused_tensors, fuse
 from sqcompile.backends.native.lower.generation import NoGenerationError, generation_of
@@ -85,6 +90,8 @@ def lower(program: Program) -> tuple[Plan, list[str]]:
             shape = context.shape(node)
             context.define(node, context.plan.add_input(value.name, DTYPES[node.meta["val"].dtype], shape))
     patterns, inside = find_patterns(program, context)
+    makers, inner = find_codes(program, context)
+    patterns, inside = patterns | makers, inside | inner
     for node in program.compute_nodes():
         if node in inside or context.is_defined(node) or is_size(node) or context.is_constant(node):
             continue

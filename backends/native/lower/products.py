@@ -1,4 +1,4 @@
-"""Products: float layers, matrices of computed values, attention, convolutions as patches times weights."""
+"""Products: float layers, matrices of computed values, attention."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from sqcompile.backends.native.lower.context import (
 )
 from sqcompile.backends.native.lower.linears import (
     float_linear,
-    multiply_floats,
-    pack_float,
     quantized_linear,
 )
 from sqcompile.backends.native.plan import Value
@@ -156,56 +154,3 @@ def _unrepeated(node: fx.Node) -> fx.Node | None:
     if not heads or before[1] * spread[2] != after[1]:
         return None
     return source if all(str(a) == str(b) for a, b in same) else None
-
-
-def _no_convolution(node: fx.Node) -> str | None:
-    if argument(node, 6, 1) != 1:
-        return "convolutions in groups"
-    if isinstance(argument(node, 4), str):
-        return "padding given by a word"
-    rank = 3 if node.target is aten.conv1d.default else 4
-    if tensor_of(node_argument(node, 0)).dim() != rank:
-        return "a convolution without a batch"
-    if not _is_stored(node_argument(node, 1)):
-        return "a convolution whose weight is computed"
-    return _no_floats(node)
-
-
-def _is_stored(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (
-        node.op == "call_function" and all(_is_stored(source) for source in node.all_input_nodes)
-    )
-
-
-@lowers(aten.conv1d.default, aten.conv2d.default, check=_no_convolution)
-def _convolution(context: Lowering, node: fx.Node) -> Value:
-    """Patches times a weight [O, C · kernel]: right for patch embeddings; other convolutions deserve more."""
-    x = context.value(node.args[0])
-    weight = context.constant(node_argument(node, 1))
-    assert weight is not None
-    spatial = x.rank - 2
-    kernel = _pair(list(weight.shape[2:]), spatial, 1)
-    options = [
-        _pair(argument(node, position), spatial, neutral) for position, neutral in ((3, 1), (4, 0), (5, 1))
-    ]
-    shape = context.shape(node)
-    places = (1, shape[2]) if x.rank == 3 else shape[2:]
-    image = x if x.rank == 4 else context.reshape(x, [x.shape[0], x.shape[1], 1, x.shape[2]])
-    depth = weight[0].numel()
-    ints = [*kernel, *options[0], *options[1], *options[2]]
-    patches = context.step("unfold", [image], "f32", (x.shape[0], *places, depth), ints)
-    bias = argument(node, 2)
-    fixed_bias = bias is None or context.is_constant(bias)
-    matrix = pack_float(
-        context, weight.reshape(weight.shape[0], depth), context.constant(bias) if fixed_bias else None
-    )
-    result = multiply_floats(context, patches, matrix)
-    if not fixed_bias:
-        result = context.binary("add", result, context.value(bias, "f32"))
-    return context.reshape(context.permute(result, (0, 3, 1, 2)), shape)
-
-
-def _pair(option: object, spatial: int, neutral: int) -> tuple[int, int]:
-    """Return an option for both directions; what has one direction gets the neutral value for the other."""
-    items = [int(item) for item in option] if isinstance(option, (list, tuple)) else [int(option)]  # type: ignore[call-overload]
-    return (neutral, items[0]) if spatial == 1 else (items[0], items[-1])

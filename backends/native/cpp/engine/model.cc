@@ -7,9 +7,11 @@
 
 #include <cerrno>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "engine/operators.h"
+#include "engine/ops/packed_weights.h"
 
 namespace sqc {
 namespace {
@@ -77,10 +79,12 @@ Status Model::from_bytes(Span<const std::uint8_t> bytes, std::shared_ptr<const M
 
 Status Model::check(Span<const std::uint8_t> file) noexcept {
   SQC_RETURN_IF_ERROR(read_plans(file, &plans_));
-  for (const format::Operator& step : plans_.plan.operators) SQC_RETURN_IF_ERROR(check_packed_weights(plans_.plan, step));
   // The same weights mostly, but a file may have been written to deceive.
-  for (const format::Operator& step : plans_.generation.operators) {
-    SQC_RETURN_IF_ERROR(check_packed_weights(plans_.generation, step));
+  for (const Plan* plan : {&plans_.plan, &plans_.generation}) {
+    for (const format::Operator& step : plan->operators) {
+      SQC_RETURN_IF_ERROR(check_packed_weights(*plan, step));
+      SQC_RETURN_IF_ERROR(check_convolution_weights(*plan, step));
+    }
   }
   return Status::ok();
 }

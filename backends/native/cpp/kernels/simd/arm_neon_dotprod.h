@@ -41,6 +41,13 @@ struct Simd {
     return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
              vmovl_s16(vget_high_s16(high))}};
   }
+  static SQC_INLINE I32 load_u8(const std::uint8_t* p) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+    const int16x8_t high = vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(bytes)));
+    return {{vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)), vmovl_s16(vget_low_s16(high)),
+             vmovl_s16(vget_high_s16(high))}};
+  }
   static SQC_INLINE void store_i(std::int32_t* p, I32 a) {
     for (int i = 0; i < 4; ++i) vst1q_s32(p + 4 * i, a.v[i]);
   }

@@ -43,6 +43,9 @@ struct Simd {
   static SQC_INLINE I32 load_i8(const std::int8_t* p) {
     return each_i([&](int i) { return static_cast<std::int32_t>(p[i]); });
   }
+  static SQC_INLINE I32 load_u8(const std::uint8_t* p) {
+    return each_i([&](int i) { return static_cast<std::int32_t>(p[i]); });
+  }
   static SQC_INLINE void store_i(std::int32_t* p, I32 a) { std::memcpy(p, a.v, sizeof a.v); }
   // The low byte of each lane.
   static SQC_INLINE void store_bytes(void* p, I32 a) {

@@ -40,6 +40,10 @@ struct Simd {
     const __m128i bytes = load128(p);
     return {{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))}};
   }
+  static SQC_INLINE I32 load_u8(const std::uint8_t* p) {
+    const __m128i bytes = load128(p);
+    return {{_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))}};
+  }
   static SQC_INLINE void store_i(std::int32_t* p, I32 a) {
     store256(p, a.v[0]);
     store256(p + 8, a.v[1]);

@@ -37,6 +37,9 @@ struct Simd {
   static SQC_INLINE I32 load_i8(const std::int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static SQC_INLINE I32 load_u8(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static SQC_INLINE void store_i(std::int32_t* p, I32 a) { _mm512_storeu_si512(p, a); }
   static SQC_INLINE void store_bytes(void* p, I32 a) {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));

@@ -1,0 +1,279 @@
+// Convolutions of images whose channels lie together, in floats and in codes.
+//
+// ints of all: kernel, stride, padding before, padding behind, dilation, spread, each in both directions; groups,
+// and channels in and out of a group. What they mean says kernels/window.h.
+
+#include "engine/kernels.h"
+#include "engine/operators.h"
+#include "engine/ops/iterate.h"
+#include "engine/ops/packed_weights.h"
+
+namespace sqc {
+namespace {
+
+constexpr std::int64_t kLargest = std::int64_t{1} << 24;    // of a side of an image, a kernel, a stride, …
+constexpr std::int64_t kMostTaps = std::int64_t{1} << 20;
+constexpr std::int64_t kMostChannels = std::int64_t{1} << 24;
+
+enum Int { kKernel, kStride = 2, kBefore = 4, kBehind = 6, kDilation = 8, kSpread = 10, kGroups = 12, kIn, kOut };
+enum CodeInt { kInZero = 15, kOutZero, kOtherZero };
+
+std::int64_t round_up_to(std::int64_t n, std::int64_t unit) noexcept { return (n + unit - 1) / unit * unit; }
+
+// The geometry of an operator whose input 0 and output 0 are images.
+Status read_window(const Operands& c, Window* w) noexcept {
+  const Tensor &x = c.in(0), &y = c.out();
+  SQC_REQUIRE(x.rank == 4 && y.rank == 4 && x.shape[0] == y.shape[0] && x.is_contiguous());
+  for (int d = 1; d < 3; ++d) SQC_REQUIRE(x.shape[d] < kLargest && y.shape[d] < kLargest);
+  for (int d = 0; d < 2; ++d) {
+    const std::int64_t kernel = c.integer(kKernel + d), stride = c.integer(kStride + d), before = c.integer(kBefore + d),
+                       behind = c.integer(kBehind + d), dilation = c.integer(kDilation + d), spread = c.integer(kSpread + d);
+    SQC_REQUIRE(kernel >= 1 && stride >= 1 && dilation >= 1 && spread >= 1);
+    SQC_REQUIRE(kernel < kLargest && stride < kLargest && dilation < kLargest && spread < kLargest);
+    SQC_REQUIRE(before > -kLargest && before < kLargest && behind > -kLargest && behind < kLargest);
+    const std::int64_t size = x.shape[1 + d] == 0 ? 0 : (x.shape[1 + d] - 1) * spread + 1;
+    const std::int64_t room = size + before + behind - dilation * (kernel - 1) - 1;
+    if (room < 0) {
+      return misfit("the kernel covers %lld places, more than the %lld of the padded image",
+                    static_cast<long long>(dilation * (kernel - 1) + 1), static_cast<long long>(size + before + behind));
+    }
+    SQC_REQUIRE(y.shape[1 + d] == room / stride + 1);
+  }
+  *w = {x.shape[0],         x.shape[1],         x.shape[2],         y.shape[1],         y.shape[2],
+        c.integer(kKernel), c.integer(kKernel + 1), c.integer(kStride), c.integer(kStride + 1), c.integer(kBefore),
+        c.integer(kBefore + 1), c.integer(kDilation), c.integer(kDilation + 1), c.integer(kSpread), c.integer(kSpread + 1)};
+  SQC_REQUIRE(w->taps() <= kMostTaps);
+  const std::int64_t groups = c.integer(kGroups), in = c.integer(kIn), out = c.integer(kOut);
+  SQC_REQUIRE(groups >= 1 && groups <= kMostChannels && in >= 0 && in <= kMostChannels && out >= 0 && out <= kMostChannels);
+  return Status::ok();
+}
+
+Status wrong_weights(const char* what) noexcept {
+  return Status::error(StatusCode::kDamaged, "the file is damaged: the weights of a convolution have wrong %s", what);
+}
+
+}  // namespace
+
+Status check_convolution_weights(const Plan& plan, const format::Operator& step) noexcept {
+  const auto id = static_cast<OperatorId>(step.kind);
+  const bool codes = id == OperatorId::conv_q8 || id == OperatorId::conv_q8_depthwise;
+  const bool depthwise = id == OperatorId::conv_depthwise || id == OperatorId::conv_q8_depthwise;
+  if (!codes && id != OperatorId::conv && id != OperatorId::conv_depthwise) return Status::ok();
+  const PackedWeights w(plan, step);
+  std::int64_t height = 0, width = 0, groups = 0, in = 0, out = 0;
+  SQC_RETURN_IF_ERROR(w.integer(kKernel, &height));
+  SQC_RETURN_IF_ERROR(w.integer(kKernel + 1, &width));
+  SQC_RETURN_IF_ERROR(w.integer(kGroups, &groups));
+  SQC_RETURN_IF_ERROR(w.integer(kIn, &in));
+  SQC_RETURN_IF_ERROR(w.integer(kOut, &out));
+  if (height < 1 || width < 1 || height > kMostTaps || width > kMostTaps || height * width > kMostTaps || groups < 1 ||
+      groups > kMostChannels || in < 0 || in > kMostChannels || out < 0 || out > kMostChannels) {
+    return wrong_weights("sizes");
+  }
+  if (depthwise && (in != 1 || out != 1)) return wrong_weights("sizes");
+  // Outputs of a group in sixteens, products of one output, and everything: none of them overflows.
+  const std::int64_t outputs = depthwise ? round_up_to(groups, 16) : groups * round_up_to(out, 16);
+  const std::int64_t k = height * width * (codes && !depthwise ? round_up_to(in, 4) : in);
+  std::int64_t count = 0;
+  if (__builtin_mul_overflow(outputs, k, &count) || count > (std::int64_t{1} << 48)) return wrong_weights("sizes");
+  if (!codes) {
+    // Of a depthwise convolution in floats nothing is filled up.
+    const std::int64_t floats = depthwise ? height * width * groups : count;
+    if (!w.is(1, DType::f32, depthwise ? Layout::plain : Layout::fgemm, floats)) return wrong_weights("arrays");
+    if (w.has(2) && !w.is(2, DType::f32, depthwise ? Layout::plain : Layout::panels, depthwise ? groups : outputs)) {
+      return wrong_weights("biases");
+    }
+    return Status::ok();
+  }
+  if (!depthwise) SQC_RETURN_IF_ERROR(qgemm_check_sizes(out, k));
+  if (!w.is(1, DType::i8, depthwise ? Layout::plain : Layout::qgemm, count)) return wrong_weights("arrays");
+  if (!w.is(2, DType::i32, Layout::panels, outputs) || !w.is(3, DType::i32, Layout::panels, outputs) ||
+      !w.is(4, DType::f32, Layout::panels, outputs) || !w.is(5, DType::f32, Layout::panels, outputs)) {
+    return wrong_weights("scales");
+  }
+  return Status::ok();
+}
+
+namespace {
+
+// That the weight's layout is its operator's was checked with the file.
+bool is_depthwise(const Operands& c) noexcept { return c.in(1).layout == Layout::plain; }
+
+FconvParams float_params(const Operands& c, const Window& window) noexcept {
+  FconvParams p = {};
+  p.window = window;
+  p.groups = c.integer(kGroups);
+  p.in_channels = c.integer(kIn);
+  p.out_channels = c.integer(kOut);
+  p.depthwise = is_depthwise(c);
+  p.x_stride = c.in(0).shape[3];
+  p.y_stride = c.out().shape[3];
+  p.low = static_cast<float>(c.number(0));
+  p.high = static_cast<float>(c.number(1));
+  return p;
+}
+
+}  // namespace
+
+// Inputs: x f32 [N, H, W, C], the weight, and bias if there is one. floats: the lowest and highest result. Output
+// [N, H', W', O].
+Status prepare_conv(PrepareContext& c) noexcept {
+  SQC_REQUIRE(c.in(0).dtype == DType::f32 && c.out().dtype == DType::f32 && c.in(0).layout == Layout::plain);
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  const FconvParams p = float_params(c, window);
+  SQC_REQUIRE(c.in(0).shape[3] == p.groups * p.in_channels && c.out().shape[3] == p.groups * p.out_channels);
+  c.accept_packed();
+  c.need_scratch(fconv_scratch_bytes(p) * c.threads);
+  return Status::ok();
+}
+
+namespace {
+
+Status run_float(RunContext& c) noexcept {
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  FconvParams p = float_params(c, window);
+  p.x = c.in(0).as<float>();
+  p.weights = c.in(1).as<float>();
+  p.bias = c.has(2) ? c.in(2).as<float>() : nullptr;
+  p.y = c.out().as<float>();
+  return fconv(c.pool, c.kernels.fconv, p, c.scratch);
+}
+
+}  // namespace
+
+Status run_conv(RunContext& c) noexcept { return run_float(c); }
+Status run_conv_depthwise(RunContext& c) noexcept { return run_float(c); }
+
+namespace {
+
+// Whether input i is an image of codes with pixels as `y` has, of `channels` channels or more.
+bool is_image_like(const Operands& c, int i, const Tensor& y, std::int64_t channels) noexcept {
+  const Tensor& image = c.in(i);
+  return image.dtype == DType::u8 && image.layout == Layout::plain && image.rank == 4 && image.is_contiguous() &&
+         image.shape[0] == y.shape[0] && image.shape[1] == y.shape[1] && image.shape[2] == y.shape[2] &&
+         image.shape[3] >= channels;
+}
+
+QconvOutput code_output(const Operands& c) noexcept {
+  QconvOutput y = {};
+  y.stride = c.out().shape[3];
+  y.low = static_cast<float>(c.number(0));
+  y.high = static_cast<float>(c.number(1));
+  y.own_scale = static_cast<float>(c.number(2));
+  y.other_scale = static_cast<float>(c.number(3));
+  y.sum_low = static_cast<float>(c.number(4));
+  y.sum_high = static_cast<float>(c.number(5));
+  y.zero = static_cast<std::int32_t>(c.integer(kOutZero));
+  y.other_zero = static_cast<std::int32_t>(c.integer(kOtherZero));
+  if (c.has(6)) y.other_stride = c.in(6).shape[3];
+  return y;
+}
+
+QconvParams code_params(const Operands& c, const Window& window) noexcept {
+  QconvParams p = {};
+  p.window = window;
+  p.groups = c.integer(kGroups);
+  p.in_channels = c.integer(kIn);
+  p.out_channels = c.integer(kOut);
+  p.x_stride = c.in(0).shape[3];
+  p.x_zero = static_cast<std::int32_t>(c.integer(kInZero));
+  p.y = code_output(c);
+  return p;
+}
+
+QdepthwiseParams depthwise_params(const Operands& c, const Window& window) noexcept {
+  QdepthwiseParams p = {};
+  p.window = window;
+  p.channels = c.integer(kGroups);
+  p.x_stride = c.in(0).shape[3];
+  p.x_zero = static_cast<std::int32_t>(c.integer(kInZero));
+  p.y = code_output(c);
+  return p;
+}
+
+bool is_code(std::int64_t zero) noexcept { return zero >= 0 && zero <= 255; }
+
+// Whole numbers of steps that a byte can hold, counted from the zero point.
+bool are_bounds(double low, double high, std::int64_t zero) noexcept {
+  const auto z = static_cast<double>(zero);
+  return low >= -z && high <= 255.0 - z && low <= high && low == static_cast<double>(static_cast<int>(low)) &&
+         high == static_cast<double>(static_cast<int>(high));
+}
+
+template <class Params>
+void set_data(const RunContext& c, Params* p) noexcept {
+  p->x = c.in(0).data;
+  p->weights = c.in(1).as<std::int8_t>();
+  p->bias = c.in(3).as<std::int32_t>();
+  p->scale = c.in(4).as<float>();
+  p->offset = c.in(5).as<float>();
+  if (c.out().dtype == DType::f32) {
+    p->y.values = c.out().as<float>();
+  } else {
+    p->y.codes = c.out().data;
+  }
+  p->y.other = c.has(6) ? c.in(6).data : nullptr;
+  p->y.table = c.has(7) ? c.in(7).data : nullptr;
+}
+
+}  // namespace
+
+// Inputs: x u8 [N, H, W, P]; the weight; sums of each output's weights, biases less the zero point's share, scales and
+// offsets in steps of the output; another image to add, and a table u8 [256] that codes are looked up in, if there
+// are any. Further ints: the zero points of x, of the result before the table, and of the other image. floats: the
+// lowest and highest result, the scales of result and other image, the lowest and highest sum. Output u8
+// [N, H', W', P'], or f32 [N, H', W', O] without other image and table.
+Status prepare_conv_q8(PrepareContext& c) noexcept {
+  const Tensor &x = c.in(0), &y = c.out();
+  SQC_REQUIRE(x.dtype == DType::u8 && x.layout == Layout::plain);
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  const std::int64_t groups = c.integer(kGroups), in = c.integer(kIn), channels = groups * c.integer(kOut);
+  const bool depthwise = is_depthwise(c);
+  const std::int64_t read = depthwise ? round_up_to(groups, 16) : groups * round_up_to(in, 4);
+  SQC_REQUIRE(depthwise || groups == 1 || in % 4 == 0);
+  SQC_REQUIRE(x.shape[3] >= read && is_code(c.integer(kInZero)));
+  if (y.dtype == DType::f32) {
+    SQC_REQUIRE(!c.has(6) && !c.has(7) && y.shape[3] == channels);
+  } else {
+    const std::int64_t zero = c.integer(kOutZero), other_zero = c.integer(kOtherZero);
+    SQC_REQUIRE(y.dtype == DType::u8 && y.shape[3] == round_up_to(channels, 16) && is_code(zero));
+    if (c.has(6)) {
+      // The sum has the output's zero point; codes before it only have to stay whole numbers of a few digits.
+      SQC_REQUIRE(is_image_like(c, 6, y, y.shape[3]) && is_code(other_zero));
+      SQC_REQUIRE(are_bounds(c.number(4), c.number(5), zero));
+      SQC_REQUIRE(c.number(0) >= -255.0 && c.number(1) <= 255.0 && c.number(0) <= c.number(1));
+    } else {
+      SQC_REQUIRE(are_bounds(c.number(0), c.number(1), zero));
+    }
+    if (c.has(7)) {
+      SQC_REQUIRE(c.in(7).dtype == DType::u8 && c.in(7).layout == Layout::plain && c.in(7).is_contiguous());
+      SQC_REQUIRE(c.in(7).count() == 256);
+    }
+  }
+  c.accept_packed();
+  c.need_scratch((depthwise ? qdepthwise_scratch_bytes(depthwise_params(c, window))
+                            : qconv_scratch_bytes(code_params(c, window))) * c.threads);
+  return Status::ok();
+}
+
+Status run_conv_q8(RunContext& c) noexcept {
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  QconvParams p = code_params(c, window);
+  set_data(c, &p);
+  p.sum = c.in(2).as<std::int32_t>();
+  return qconv(c.pool, c.kernels.qconv, p, c.scratch);
+}
+
+Status run_conv_q8_depthwise(RunContext& c) noexcept {
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  QdepthwiseParams p = depthwise_params(c, window);
+  set_data(c, &p);
+  return qdepthwise(c.pool, c.kernels.qdepthwise, p, c.scratch);
+}
+
+}  // namespace sqc
