@@ -22,11 +22,10 @@ from sqcompile.quantization.observed import (
     weight_observers,
 )
 from sqcompile.quantization.stored import (
-    Decoding,
     forget_unused_promises,
     store_bias,
     store_weight,
-    weight_parameters,
+    weight_decoding,
     weight_tensor,
 )
 from sqcompile.rewrite import Rewriter
@@ -108,7 +107,7 @@ class FreezeObservers(Pass):
             bound = _least_scale(edit.program, layer)
             if bound is not None:
                 least = bound if least is None else torch.maximum(least, bound)
-        decoding = Decoding(*weight_parameters(state, weight, self.search, least))
+        decoding = weight_decoding(state, weight, self.search, least)
         if least is not None and (raised := int((decoding.scale == least).sum())):
             context.remark(layers[0].node, f"{raised} weight scales were raised so that the bias fits int32")
         value = observe.args[0]

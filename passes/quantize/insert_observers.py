@@ -38,7 +38,8 @@ class InsertObservers(Pass):
     Rejects: values and weights that are not float32; a number as operand of an element-wise operator.
 
     Attributes:
-        weight: Format of weights; `channel=0` means output channels, `group=n` groups along the inputs.
+        weight: Format of weights; `channel=0` means output channels, `group=n` groups along the inputs; with a
+            mapping, the entries of its table become the integers.
         activation: Format of values: one static scale a tensor.
         observer: How the range of a value is chosen.
         layers: Patterns of the layers and operators to quantize.
@@ -67,8 +68,6 @@ class InsertObservers(Pass):
             raise self.reject_option(
                 "weight", "a static format: a weight's scale is known when it is quantized"
             )
-        if not all(format.mapping.is_linear for format in weights):
-            raise self.reject_option("weight", "linear codes; tables: quantize-weights, or gptq")
         values = [
             self.activation,
             *(choice for _, choice in self.activation_formats if isinstance(choice, Format)),

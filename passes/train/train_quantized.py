@@ -18,8 +18,8 @@ class TrainQuantized(Pass):
     Between `Calibrate` and `FreezeObservers`. Your function is given a module in which every observer rounds to
     the codes of its format; gradients go straight through the rounding where nothing is clipped, and scales of
     weights and values are parameters beside the model's own (`NAME_scale_factor`, near 1). Zero points stay as
-    calibrated. Masks hold, so that this is also the training of sparse quantized models. `FreezeObservers` then
-    takes the learned scales as they are.
+    calibrated, and tables of mappings (`int4:mapping=tanh`) as they were fitted before. Masks hold, so that this is
+    also the training of sparse quantized models. `FreezeObservers` then takes the learned scales as they are.
 
     Fold batch norms before the observers are inserted, with trained statistics; what is left of them trains as in
     `FineTune`, or stays as it is in `eval()`. Biases train in floating point, and become int32 when frozen.

@@ -17,13 +17,17 @@ class LearnedState(ObserverState):
         state: The state that training began with.
         scale: The learned scale, in the shape of the state's.
         zero_point: Its zero point, alike.
+        table: What codes are looked up in first, int8 [2**bits]; None for linear codes.
     """
 
-    def __init__(self, state: ObserverState, scale: Tensor, zero_point: Tensor) -> None:
+    def __init__(
+        self, state: ObserverState, scale: Tensor, zero_point: Tensor, table: Tensor | None = None
+    ) -> None:
         super().__init__(state.observer, state.format, state.where)
         self.count, self.batches = max(1, state.count), max(1, state.batches)
         self.scale = scale.detach().clone()
         self.zero_point = zero_point.detach().clone()
+        self.table = None if table is None else table.detach().clone()
 
     def parameters(self) -> tuple[Tensor, Tensor]:
         """Return the learned scale and its zero point."""
@@ -46,7 +50,8 @@ class LearnedState(ObserverState):
         raise AssertionError("observe refuses before")
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        low, high = ((bound - self.zero_point) * self.scale for bound in (self.format.qmin, self.format.qmax))
+        ends = (self.format.qmin, self.format.qmax) if self.table is None else self.table[[0, -1]].tolist()
+        low, high = ((bound - self.zero_point) * self.scale for bound in ends)
         return low.to(torch.float32), high.to(torch.float32)
 
     def _merge(self, other: ObserverState) -> None:

@@ -6,6 +6,7 @@ Scales cover groups of values as those of affine codes do; `sqcompile.quantizati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,40 @@ def encode(steps: Tensor, table: Tensor) -> Tensor:
     """
     exact = table.float()
     return torch.bucketize(steps, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
+
+
+def fake_lookup(x: Tensor, scale: Tensor, table: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """Return values as their codes restore them, with gradients to them and to their scales.
+
+    To x, straight through between the ends of the table and zero outside. To the scale, with v = x / scale: entry - v
+    inside, else the nearer end, as for linear codes (`affine.fake_quantize_gradient`).
+
+    Shapes: x [...]; scale as `scale_shape` says; table ascending, int8 [2**bits]; result as x.
+    Source: Esser et al. 2020 (LSQ), eq. 3 and 5, with the nearest entry in place of the nearest integer.
+    """
+    result: Tensor = _FakeLookup.apply(x, scale, table, axis, group_size)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _FakeLookup(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, table: Tensor, axis: int | None, group_size: int | None
+    ) -> Tensor:
+        steps = affine.divide(x, scale, axis, group_size)
+        entries = lookup(encode(steps, table), table)
+        ctx.save_for_backward(steps, entries, table)
+        ctx.pair = axis, group_size
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return affine.dequantize(entries, scale, zero, axis, group_size).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        steps, entries, table = ctx.saved_tensors
+        inside = (steps >= table[0]) & (steps <= table[-1])
+        slope = torch.where(inside, entries - steps, entries.to(steps.dtype))
+        to_scale = affine.reduce_blocks(slope * gradient.float(), *ctx.pair, torch.sum)
+        return gradient * inside, to_scale, None, None, None
 
 
 def fit(

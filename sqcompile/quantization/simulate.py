@@ -20,7 +20,7 @@ from sqcompile.quantization.observed import (
     value_observers,
     weight_observers,
 )
-from sqcompile.quantization.stored import weight_parameters, weight_tensor
+from sqcompile.quantization.stored import rounded_weight, weight_decoding, weight_tensor
 from sqcompile.stepwise import Stepwise
 
 
@@ -47,8 +47,7 @@ class Simulation(Stepwise):
         }
         for node, layers in weight_observers(program).items():
             state, weight = state_of(program, node), weight_tensor(program, layers[0])
-            parameters = Parameters(*weight_parameters(state, weight), state.format)
-            self.substitutes[node] = _fake_quantizer(parameters)(weight)
+            self.substitutes[node] = rounded_weight(weight, weight_decoding(state, weight), state.format)
 
 
 def _fake_quantizer(parameters: Parameters) -> Callable[[Any], Tensor]:

@@ -21,7 +21,7 @@ from sqcompile.quantization import affine
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.learned import LearnedState
-from sqcompile.quantization.lookup import encode, fit
+from sqcompile.quantization.lookup import encode, fake_lookup, fit
 from sqcompile.quantization.mappings import LARGEST_ENTRY
 from sqcompile.quantization.observers import ObserverState
 from sqcompile.rewrite import Rewriter
@@ -88,29 +88,38 @@ def fit_decoding(
     return Decoding(fitted.scale, torch.zeros_like(fitted.scale, dtype=torch.int32), fitted.table)
 
 
-def weight_parameters(
+def weight_decoding(
     state: ObserverState, weight: Tensor, search: Search = "minmax", least: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of an observed weight: learned ones if it has them, every scale at least `least`.
+) -> Decoding:
+    """Return what an observed weight's codes will stand for: what was learned, or what fits; scales at least `least`.
 
-    Shapes: weight [...]; results as `state.format.granularity.scale_shape(weight.shape)`; least alike or [].
+    Shapes: weight [...]; least as `state.format.granularity.scale_shape(weight.shape)`, or [].
     """
     if isinstance(state, LearnedState):
-        return _raised(weight, state.format, *state.parameters(), least)
-    return _raised(weight, state.format, *affine.scale_for_tensor(weight, state.format, search), least)
+        decoding = Decoding(*state.parameters(), state.table)
+    else:
+        decoding = fit_decoding(weight, state.format, search)
+    return _raised(weight, state.format, decoding, least)
 
 
-def _raised(
-    weight: Tensor, format: Format, scale: Tensor, zero_point: Tensor, least: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _raised(weight: Tensor, format: Format, decoding: Decoding, least: Tensor | None) -> Decoding:
+    scale, zero_point = decoding.scale, decoding.zero_point
     if least is None or not bool((scale < least).any()):
-        return scale, zero_point
+        return decoding
     raised = torch.maximum(scale, least)
     if not format.symmetric:  # the zero point belongs to the range; the wider one starts as low as before
         low = affine.block_range(weight, *format.granularity.pair)[0].clamp(max=0)
         moved = (format.qmin - low / raised).clamp(format.qmin, format.qmax).round().to(torch.int32)
         zero_point = torch.where(raised > scale, moved, zero_point)
-    return raised, zero_point
+    return Decoding(raised, zero_point, decoding.table)
+
+
+def rounded_weight(weight: Tensor, decoding: Decoding, format: Format) -> Tensor:
+    """Return a weight as its codes will restore it. Shapes: weight [...]; result alike."""
+    scale, pair = decoding.scale, format.granularity.pair
+    if decoding.table is not None:
+        return fake_lookup(weight, scale, decoding.table, *pair)
+    return affine.fake_quantize(weight, scale, decoding.zero_point, *pair, format.qmin, format.qmax)
 
 
 def store_weight(

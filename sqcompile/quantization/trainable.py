@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from sqcompile.program import Program, value_of
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format
 from sqcompile.quantization.learned import LearnedState
+from sqcompile.quantization.lookup import fake_lookup
+from sqcompile.quantization.mappings import LARGEST_ENTRY
 from sqcompile.quantization.observed import (
     freeze,
     observer_name,
@@ -20,11 +23,21 @@ from sqcompile.quantization.observed import (
     weight_observers,
 )
 from sqcompile.quantization.observers import Fixed
-from sqcompile.quantization.stored import weight_parameters, weight_tensor
+from sqcompile.quantization.stored import Decoding, weight_decoding, weight_tensor
 from sqcompile.training import Trainable
 
 # A scale stays above this part of what it began as: at zero it would divide by zero, and never come back.
 _LEAST_FACTOR = 2.0**-10
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Names of the tensors that say how the codes of one observer are decoded; `last` is zero point or table."""
+
+    start: str
+    last: str
+    factor: str | None
+    has_table: bool
 
 
 class TrainableQuantized(Trainable):
@@ -57,42 +70,47 @@ class TrainableQuantized(Trainable):
     ) -> None:
         self._search: Search = search
         self._learn = learn_scales
-        self._scales: dict[str, tuple[str, str, str | None]] = {}
+        self._scales: dict[str, _Scales] = {}
         super().__init__(program, freeze_norms=freeze_norms)
 
     def states(self, program: Program) -> dict[str, LearnedState]:
         """Return the states that a program's observers have after training."""
         tensors = {**dict(self.named_buffers()), **dict(self.named_parameters())}
         found = {}
-        for name, (start, zero_point, factor) in self._scales.items():
-            scale = tensors[start].detach()
-            if factor is not None:
-                scale = _effective(tensors[factor].detach(), scale)
-            found[name] = LearnedState(program.observers[name], scale.float(), tensors[zero_point])
+        for name, names in self._scales.items():
+            scale = tensors[names.start].detach()
+            if names.factor is not None:
+                scale = _effective(tensors[names.factor].detach(), scale)
+            zero_point, table = tensors[names.last], None
+            if names.has_table:
+                zero_point, table = torch.zeros_like(scale, dtype=torch.int32), zero_point
+            found[name] = LearnedState(program.observers[name], scale.float(), zero_point, table)
         return found
 
     def _prepare(self, twin: Program) -> None:
         super()._prepare(twin)
         weights = weight_observers(twin)
-        parameters = {}
+        decodings: dict[fx.Node, tuple[Decoding, tuple[int, ...]]] = {}
         for node, layers in weights.items():
             state, weight = state_of(twin, node), weight_tensor(twin, layers[0])
-            parameters[node] = weight_parameters(state, weight, self._search), tuple(weight.shape)
+            decodings[node] = weight_decoding(state, weight, self._search), tuple(weight.shape)
         for node in value_observers(twin):
             frozen = freeze(state_of(twin, node))
-            parameters[node] = (frozen.scale, frozen.zero_point), _sizes_of_sample(node)
+            decodings[node] = Decoding(frozen.scale, frozen.zero_point), _sizes_of_sample(node)
         sources: dict[str, tuple[fx.Node, fx.Node]] = {}
-        for node, ((scale, zero_point), shape) in parameters.items():
+        for node, (decoding, shape) in decodings.items():
             name, state = observer_name(node), state_of(twin, node)
             if name not in sources:
                 learns = self._learn and not isinstance(state.observer, Fixed)
-                sources[name] = self._scale(twin, name, scale, zero_point, state.format, shape, learns)
-            format = state.format
-            options = (*format.granularity.pair, format.qmin, format.qmax)
+                sources[name] = self._scale(twin, name, decoding, state.format, shape, learns)
+            format, (scale, last) = state.format, sources[name]
+            options: tuple[Any, ...] = format.granularity.pair
+            function: Any = fake_lookup
+            if decoding.table is None:
+                options = (*options, format.qmin, format.qmax)
+                function = torch.ops.sqcompile.fake_quantize.default
             with twin.graph.inserting_before(node):
-                fake = twin.graph.call_function(
-                    torch.ops.sqcompile.fake_quantize.default, (node.args[0], *sources[name], *options)
-                )
+                fake = twin.graph.call_function(function, (node.args[0], scale, last, *options))
             node.replace_all_uses_with(fake)
             twin.graph.erase_node(node)
 
@@ -100,27 +118,33 @@ class TrainableQuantized(Trainable):
         self,
         twin: Program,
         name: str,
-        scale: Tensor,
-        zero_point: Tensor,
+        decoding: Decoding,
         format: Format,
         shape: tuple[int, ...],
         learns: bool,
     ) -> tuple[fx.Node, fx.Node]:
-        """Store a scale and its zero point, and return the nodes that compute them."""
-        graph = twin.graph
+        """Store how codes are decoded; return the nodes of the scale, and of the zero point or the table."""
+        graph, scale = twin.graph, decoding.scale
         with graph.inserting_before(next(iter(graph.nodes))):
             start, start_name = _store(twin, f"{name}_scale_start", scale)
-            zero, zero_name = _store(twin, f"{name}_zero_point", zero_point)
-            self._scales[name] = start_name, zero_name, None
+            if decoding.table is None:
+                last, last_name = _store(twin, f"{name}_zero_point", decoding.zero_point)
+            else:
+                last, last_name = _store(twin, f"{name}_table", decoding.table)
+            has_table = decoding.table is not None
+            self._scales[name] = _Scales(start_name, last_name, None, has_table)
             if not learns:
-                return start, zero
+                return start, last
             factor, factor_name = _store(twin, f"{name}_scale_factor", nn.Parameter(torch.ones_like(scale)))
-        self._scales[name] = start_name, zero_name, factor_name
+        self._scales[name] = _Scales(start_name, last_name, factor_name, has_table)
         positive = format.qmax - (format.middle if format.symmetric else format.qmin)
         count = math.prod(shape) / max(1, scale.numel())
         damping = 1 / math.sqrt(max(1.0, count * positive))
+        if decoding.table is not None:
+            # Of a linear code with as many bits a scale is one step; that of a table is 1/127 of its range.
+            damping *= (positive / LARGEST_ENTRY) ** 2
         with graph.inserting_before(next(twin.compute_nodes())):
-            return graph.call_function(learned_scale, (factor, start, damping)), zero
+            return graph.call_function(learned_scale, (factor, start, damping)), last
 
 
 class _LearnedScale(torch.autograd.Function):

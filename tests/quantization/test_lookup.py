@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sqcompile.errors import InputError
 from sqcompile.quantization import Codebook, Format, affine
-from sqcompile.quantization.lookup import Fitted, encode, fit, lookup
+from sqcompile.quantization.lookup import Fitted, encode, fake_lookup, fit, lookup
 
 TABLES = ["nf", "tanh", "sigmoid", "mu-law", "log2", "codebook"]
 
@@ -153,3 +153,41 @@ def test_nothing_to_fit(shape: tuple[int, int]) -> None:
 def test_what_is_not_finite_is_refused() -> None:
     with pytest.raises(InputError, match="1 of 8 values are NaN or infinite"):
         fit(torch.tensor([[1.0] * 7 + [float("nan")]]), Format.parse("int4:mapping=nf"))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel=0", "group=4"])
+def test_gradients_go_straight_through_inside_of_the_table(granularity: str) -> None:
+    """Against the definition, written out value by value."""
+    table = torch.tensor([-127, -40, 0, 64], dtype=torch.int8)
+    axis, group_size = Format.parse(f"int2:{granularity}:mapping=codebook").granularity.pair
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, generator=generator, requires_grad=True)
+    shape = {"tensor": (), "channel=0": (3,), "group=4": (3, 2)}[granularity]
+    scale = (torch.rand(shape, generator=generator) / 100 + 0.005).requires_grad_()
+    wide = torch.broadcast_to(
+        scale.detach().reshape(*shape, *[1] * (2 - len(shape))), (3, shape[1] if shape[1:] else 1)
+    )
+    wide = wide.repeat_interleave(8 // wide.shape[1], 1)
+    upstream = torch.randn(3, 8, generator=generator)
+    result = fake_lookup(x, scale, table, axis, group_size)
+    result.backward(upstream)
+
+    to_x, to_scale = torch.zeros(3, 8), torch.zeros(3, 8)
+    for row, column in itertools.product(range(3), range(8)):
+        step = float(x[row, column].detach() / wide[row, column])
+        entry = min(table.tolist(), key=lambda item: abs(item - step))
+        inside = -127 <= step <= 64
+        assert float(result[row, column].detach()) == pytest.approx(
+            entry * float(wide[row, column]), rel=1e-6
+        )
+        to_x[row, column] = upstream[row, column] * inside
+        to_scale[row, column] = upstream[row, column] * (entry - step * inside)
+    assert bool((to_x == 0).any() and (to_x != 0).any()), "some are clipped"
+    assert x.grad is not None and torch.equal(x.grad, to_x)
+    expected = {
+        "tensor": lambda: to_scale.sum(),
+        "channel=0": lambda: to_scale.sum(1),
+        "group=4": lambda: to_scale.reshape(3, 2, 4).sum(2),
+    }[granularity]()
+    # Sums of eight to 24 products of size about 50.
+    assert scale.grad is not None and torch.allclose(scale.grad, expected, rtol=1e-4, atol=1e-3)

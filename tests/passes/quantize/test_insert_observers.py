@@ -350,6 +350,16 @@ def test_refuses_formats_that_are_not_static(text: str) -> None:
         parse_pass(text)
 
 
+def test_weights_may_have_tables_and_values_may_not() -> None:
+    program = insert(
+        settled(nn.Linear(4, 2)), values(3, 4), weight=Format.parse("int4:channel=0:mapping=tanh")
+    )
+    assert program.observers["0.weight"].format.mapping.word == "tanh"
+    for text in ("activation=int4:mapping=nf", "activation-formats={fc:int4:mapping=nf}"):
+        with pytest.raises(PassOptionError, match="tables are for weights"):
+            parse_pass(f"insert-observers{{{text}}}")
+
+
 def test_reads_and_writes_its_options_as_text() -> None:
     item = InsertObservers(
         weight=Format.parse("int4:group=32"),

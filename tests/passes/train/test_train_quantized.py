@@ -12,7 +12,14 @@ import sqcompile
 from sqcompile import Level, Pass, PassContext, Program, trace
 from sqcompile.calibration import Calibration
 from sqcompile.errors import CalibrationError, LevelError, PassOptionError, TrainingError
-from sqcompile.passes import Calibrate, FreezeObservers, InsertObservers, MaskWeights, TrainQuantized
+from sqcompile.passes import (
+    Calibrate,
+    FoldQDQ,
+    FreezeObservers,
+    InsertObservers,
+    MaskWeights,
+    TrainQuantized,
+)
 from sqcompile.pipeline import PassManager
 from sqcompile.quantization import Format
 from sqcompile.quantization.learned import LearnedState
@@ -123,6 +130,83 @@ def test_what_is_trained_is_what_is_frozen() -> None:
     largest = float(outputs[0].abs().max())
     difference = (after.run([X])[0] - outputs[0]).abs()
     assert float(difference.max()) < 0.015 * largest and float(difference.mean()) < 0.003 * largest
+
+
+MAPPINGS = ("tanh", "sigmoid", "mu-law", "log2", "nf", "codebook")
+
+
+def tabled(mapping: str, *before: Pass, bits: int = 3) -> Program:
+    """The model with weights of a mapping, observed and calibrated."""
+    program = trace(model(), (X,))
+    observe = InsertObservers(weight=Format.parse(f"int{bits}:channel=0:mapping={mapping}"))
+    context = PassContext(calibration=Calibration([X], program.signature))
+    PassManager([*before, observe, Calibrate()]).run(program, context)
+    return program
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_tables_win_back_what_rounding_cost(mapping: str) -> None:
+    program = tabled(mapping)
+    dense = loss(program)
+    plain, trained = loss(frozen(program)), loss(frozen(program, TrainQuantized(train=longer)))
+    assert plain > 1.1 * dense, "rounding does harm here"
+    assert trained - dense < 0.6 * (plain - dense)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_tables_freeze_to_lookups_with_what_was_learned(mapping: str) -> None:
+    outputs: list[torch.Tensor] = []
+
+    def train(module: nn.Module) -> None:
+        fit(module)
+        outputs.append(module(X).detach())
+
+    program = tabled(mapping)
+    start = TrainableQuantized(program).states(program)
+    PassManager([TrainQuantized(train=train)]).run(program, PassContext())
+    after = frozen(program)
+    for name in ("0.weight", "2.weight"):
+        state = program.observers[name]
+        assert isinstance(state, LearnedState) and state.table is not None
+        first = start[name].table
+        assert first is not None and torch.equal(state.table, first), "tables stay as fitted"
+        assert not torch.equal(state.scale, start[name].scale)
+        assert torch.equal(after.tensor(f"{name}_scale"), state.scale)
+        assert torch.equal(after.tensor(f"{name}_table"), state.table)
+        assert after.tensor(f"{name}_codes").dtype is torch.uint8
+        assert int(after.tensor(f"{name}_codes").max()) < 8
+        low, high = state.range()
+        weight = after.tensor(f"{name}_table")[after.tensor(f"{name}_codes").long()] * state.scale[:, None]
+        assert bool((weight >= low[:, None] - 1e-6).all() and (weight <= high[:, None] + 1e-6).all())
+    assert after.text().count("lookup(") == 2
+    largest = float(outputs[0].abs().max())
+    difference = (after.run([X])[0] - outputs[0]).abs()  # biases are int32 now, as with linear codes
+    assert float(difference.max()) < 0.015 * largest and float(difference.mean()) < 0.003 * largest
+
+
+def test_masked_tables_stay_masked() -> None:
+    program = tabled("codebook", MaskWeights(sparsity=0.5))
+    after = frozen(program, TrainQuantized(train=fit))
+    codes, table = after.tensor("0.weight_codes"), after.tensor("0.weight_table")
+    promise = after.sparsity["0.weight_codes"]
+    assert int((~promise.mask).sum()) == codes.numel() // 2
+    assert bool((table[codes.long()][~promise.mask] == 0).all())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "native"])
+def test_trained_tables_run_in_backends(backend: str) -> None:
+    passes = [
+        InsertObservers(weight=Format.parse("int4:channel=0:mapping=nf")),
+        Calibrate(),
+        TrainQuantized(train=fit),
+        FreezeObservers(),
+        FoldQDQ(),
+    ]
+    compiled = sqcompile.compile(model(), passes, example_inputs=(X,), calibration=[X], backend=backend)
+    assert isinstance(compiled, sqcompile.Compiled)
+    wanted = compiled.program(X)
+    # Values are 8-bit codes: what is summed in another order may round to the next one.
+    assert float((compiled(X) - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("learn", [True, False])
