@@ -43,6 +43,13 @@ def compile_model(
             "--output", "-o", metavar="PATH", help="Where to write: FILE.onnx, FILE.pt2, or a folder."
         ),
     ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write a Hugging Face folder that `from_pretrained` reads, of a model that only got smaller.",
+        ),
+    ] = None,
     backend: options.Backend = None,
     threads: options.Threads = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random. [default: 0]")] = None,
@@ -107,6 +114,10 @@ def compile_model(
 
         sqcompile compile nets.py:resnet -d images.npz -p "int8-static{sparsity=0.5}" -o net.onnx --measure
 
+    A language model without a quarter of its neurons, back into the form that transformers reads:
+
+        sqcompile compile models/llama -p "remove-neurons{ratio=0.25}" --pretrained build/smaller
+
     A recipe, with another output:
 
         sqcompile compile -r recipe.yaml -o other.onnx
@@ -126,6 +137,8 @@ def compile_model(
     if measure:
         compiled.measure(runs=runs, threads=job.threads)
     files = compiled.save(job.output) if job.output else []
+    if pretrained:
+        files += compiled.save_pretrained(pretrained)
     if html:
         compiled.report.to_html(html)
         files.append(Path(html))

@@ -89,7 +89,8 @@ class _FakeLookup(torch.autograd.Function):
         steps, entries, table = ctx.saved_tensors
         inside = (steps >= table[0]) & (steps <= table[-1])
         slope = torch.where(inside, entries - steps, entries.to(steps.dtype))
-        to_scale = affine.reduce_blocks(slope * gradient.float(), *ctx.pair, torch.sum)
+        axis, group_size = ctx.pair
+        to_scale = affine.reduce_blocks(slope * gradient.float(), axis, group_size, torch.sum)
         return gradient * inside, to_scale, None, None, None
 
 

@@ -257,3 +257,27 @@ def test_a_saved_program_compiles_without_data(run, folder: Path) -> None:
     report = result.json["report"]
     assert report["passes"][0]["distance"]["sqnr_db"] > 100  # float32's rounding only, and it was measured
     assert any("made-up inputs" in note for note in report["notes"])
+
+
+def test_a_model_that_got_smaller_goes_back_to_a_folder_of_transformers(run, tmp_path: Path) -> None:
+    import transformers
+    from support.zoo import ZOO
+
+    model = ZOO["llama"].make()
+    model.save_pretrained(tmp_path / "wide")
+    common = ("-i", "input_ids: int64[1, 8]", *REFERENCE)
+    result = run(
+        "compile", str(tmp_path / "wide"), *common, "-p", "remove-neurons{ratio=0.5}",
+        "--pretrained", str(tmp_path / "narrow"), "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert str(tmp_path / "narrow" / "config.json") in result.json["files"]
+    narrow = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "narrow")
+    assert narrow.config.intermediate_size == model.config.intermediate_size // 2
+
+
+def test_what_transformers_cannot_hold_is_no_folder(run, folder: Path) -> None:
+    result = run("compile", "net.py:make", "-d", "x.npz", "--pretrained", "narrow", *REFERENCE)
+    assert result.code == 1
+    assert "Only models of transformers" in result.err
+    assert not (folder / "narrow").exists()
