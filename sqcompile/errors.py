@@ -214,6 +214,14 @@ class FileError(Error):
     """
 
 
+class MemoryLimitError(Error):
+    """A part of the model does not fit into the memory that was allowed; the text says how much it would take.
+
+    - Raise `max_memory`: with the same `work_dir`, parts that are done stay done.
+    - Calibrate with smaller batches: a batch passes through a part as a whole.
+    """
+
+
 class RecipeError(Error):
     """A recipe, a pipeline's text or a command line is wrong; line and nearest valid name are given.
 

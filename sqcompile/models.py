@@ -18,19 +18,20 @@ from sqcompile.modules import failing_line, import_module
 from sqcompile.program import Program
 
 
-def load_model(model: Any) -> Any:
+def load_model(model: Any, *, weights: bool = True) -> Any:
     """Return a model that can be traced: paths are loaded, everything else is returned as it is.
 
     Args:
         model: A module or program; or the path of a Hugging Face folder or of a `.pt2` file; or
             `module.py:factory` (or `package.module:factory`), a callable that returns a module.
+        weights: Whether the weights of folders are read; without, they hold no values and take no memory.
 
     Raises:
         FileError: If the path leads to no model.
         TraceError: If the model is in training mode, or is nothing that can be traced.
     """
     if isinstance(model, (str, Path)):
-        model = _load_path(model)
+        model = _load_path(model, weights)
     if isinstance(model, (Program, ExportedProgram)):
         return model
     if not isinstance(model, nn.Module):
@@ -79,10 +80,10 @@ def folder_dynamic_shapes(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[
     return shapes
 
 
-def _load_path(source: str | Path) -> Any:
+def _load_path(source: str | Path, weights: bool) -> Any:
     path = Path(source)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, weights)
     if path.suffix == ".pt2":
         return Program.load(path)
     text = str(source)
@@ -100,7 +101,7 @@ def _load_path(source: str | Path) -> Any:
     )
 
 
-def _load_folder(path: Path) -> nn.Module:
+def _load_folder(path: Path, weights: bool) -> nn.Module:
     config_path = path / "config.json"
     require_file(config_path, "model configuration")
     try:
@@ -136,6 +137,10 @@ def _load_folder(path: Path) -> nn.Module:
             expected="a model class of transformers",
             next_step=did_you_mean(name, [n for n in dir(transformers) if n.endswith(("Model", "LM"))]),
         )
+    if not weights:
+        from sqcompile.streaming.skeleton import build_skeleton
+
+        return build_skeleton(kind, path)
     try:
         with without_progress_bars():
             model, loaded = kind.from_pretrained(

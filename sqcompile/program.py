@@ -39,6 +39,7 @@ class Program:
         observers: What `observe` nodes have collected, by observer name (level `OBSERVED`).
         sparsity: What is promised about zeros, by name of the stored weight; verified after every pass.
         constraints: Ranges of the symbols in recorded shapes, as torch.export gave them.
+        shared: Names of tensors that operators outside of this program read too, where it is a part of one.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Program:
         self.observers: dict[str, ObserverState] = dict(observers or {})
         self.sparsity: dict[str, Sparsity] = dict(sparsity or {})
         self.constraints = dict(constraints or {})
+        self.shared: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:
@@ -215,6 +217,7 @@ class Program:
             sparsity=self.sparsity,
             constraints=self.constraints,
         )
+        twin.shared = self.shared
         twin.graph_module.train(self.graph_module.training)
         return twin
 

@@ -185,6 +185,8 @@ def _obstacle(
     others = [layer.name for layer in layers if layer.node not in chosen]
     if others:
         return f"its weight is shared with '{others[0]}', which is not selected"
+    if first.weight_name in program.shared:
+        return "its weight is shared with another part of the model"
     value = first.weight_value
     masked = value is not first.weight
     if masked and not (is_mask(value) and value.args[0] is first.weight):

@@ -52,6 +52,7 @@ class CanonicalizeActivations(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
+    local: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Rewrite in graph order: what a product is made of has its canonical form already."""

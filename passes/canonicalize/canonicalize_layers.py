@@ -51,6 +51,7 @@ class CanonicalizeLayers(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
+    local: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Rewrite in graph order, so that a sum finds the layer that was a product."""

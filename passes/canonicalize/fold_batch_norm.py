@@ -61,6 +61,7 @@ class FoldBatchNorm(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
+    local: ClassVar[bool] = True
 
     max_growth: float | None = None
 

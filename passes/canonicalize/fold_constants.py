@@ -61,6 +61,7 @@ class FoldConstants(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.bitwise()
+    local: ClassVar[bool] = True
 
     max_growth_bytes: int = 1 << 20
 

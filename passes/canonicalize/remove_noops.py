@@ -118,6 +118,7 @@ class RemoveNoops(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.close(rtol=1e-4, atol=1e-6)
+    local: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Remove them in graph order, so that each sees what is left of those before it."""

@@ -30,6 +30,7 @@ class ApplyMasks(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.bitwise()
+    local: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Apply each mask, in graph order: of masks upon masks the inner one first."""

@@ -92,6 +92,11 @@ class MaskWeights(Pass):
         if self.scope == "global":
             raise self.reject_option("scope", f"layer: the pattern {self.pattern} is the same in every layer")
 
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        """Whether layers are pruned each by itself: a threshold for all is one of the whole model."""
+        return self.scope == "layer"
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose weights, score them, and mask what scores least."""
         where = f"pass {self.name}"

@@ -46,6 +46,7 @@ class SparseGPT(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
+    local: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: Pattern = Pattern()

@@ -42,6 +42,7 @@ class Wanda(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
+    local: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: Pattern = Pattern()

@@ -55,6 +55,7 @@ class FoldQDQ(Pass):
 
     requires = produces = Level.QDQ
     keeps: ClassVar[Keeps] = Keeps.steps(1)
+    local: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Apply the rules until none fires."""

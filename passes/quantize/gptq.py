@@ -68,6 +68,7 @@ class GPTQ(Pass):
     requires = Level.ATEN
     produces = Level.QDQ
     keeps: ClassVar[Keeps] = Keeps.interface()
+    local: ClassVar[bool] = True
 
     weight: Format = WEIGHT
     search: Search = "mse"

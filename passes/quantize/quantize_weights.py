@@ -58,6 +58,7 @@ class QuantizeWeights(Pass):
     requires = Level.ATEN
     produces = Level.QDQ
     keeps: ClassVar[Keeps] = Keeps.interface()
+    local: ClassVar[bool] = True
 
     weight: Format = WEIGHT
     activation: Format | None = None

@@ -35,6 +35,7 @@ class RelaxClamps(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
+    local: ClassVar[bool] = True
 
     cut: float = 0.001
 

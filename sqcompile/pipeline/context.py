@@ -27,6 +27,8 @@ class PassContext:
         seed: Seed for everything random.
         max_memory: Cap on the resident memory that a pass may use, in bytes, or None.
         work_dir: Folder for intermediate results of long passes, or None.
+        dense_calibration: What the dense program gets where this one gets `calibration`: a part of a model comes
+            behind parts that have changed. None: the same.
         progress: Where long work reports how far it is.
         original: The program as it was before the first pass, to compare with or to learn from; the manager sets it.
     """
@@ -38,6 +40,7 @@ class PassContext:
     progress: Progress = field(default_factory=SilentProgress)
     origin: str = ""
     remarks: list[Remark] = field(default_factory=list)
+    dense_calibration: Calibration | None = None
     original: Program | None = None
 
     def remark(self, node: fx.Node | str, reason: str) -> None:

@@ -115,6 +115,9 @@ class Pass(ABC):
     Its text name follows from the class name: `FoldBatchNorm` is `fold-batch-norm`. Options may be given
     as recipes write them (`pattern="2:4"`, `layers="fc"`); `__post_init__` finds them in their own types.
 
+    Where all that a pass does to a layer depends on nothing outside of the layer's block, it says `local = True`:
+    then a model may be compressed block by block, and never be in memory as a whole.
+
     A pass holds no state. It may edit the program's graph freely, through `Rewriter`; it replaces
     tensors and never writes into them; data, seed and progress come from the context.
     """
@@ -124,6 +127,7 @@ class Pass(ABC):
     produces: ClassVar[Level] = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
     changes_interface: ClassVar[bool] = False
+    local: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, register: bool = True, **kwargs: Any) -> None:
         """Make a subclass a dataclass, and known by its text name.
@@ -200,7 +204,7 @@ def _check_options(kind: type[Pass]) -> None:
         )
 
 
-_CLASS_VARIABLES = frozenset({"name", "requires", "produces", "keeps", "changes_interface"})
+_CLASS_VARIABLES = frozenset({"name", "requires", "produces", "keeps", "changes_interface", "local"})
 
 
 def _register(kind: type[Pass]) -> None:

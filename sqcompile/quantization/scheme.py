@@ -164,7 +164,7 @@ def _matching(sites: Sequence[Site], pattern: str, where: str) -> list[Site]:
 def _reaches_output(node: fx.Node) -> bool:
     for user in node.users:
         if user.op == "output":
-            return True
+            return not user.meta.get("inner", False)  # of a part of a model: what the next part takes
         if (preserves_scale(user) or _follows_head(user)) and _reaches_output(user):
             return True
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +12,8 @@ from sqcompile.layers import Layer
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.second_order.hessian import Hessian
-from sqcompile.stepwise import Read, Stepwise
+from sqcompile.shelf import open_shelf
+from sqcompile.stepwise import Stepwise, dense_batches, memory_for
 
 Visit = Callable[[Layer, Hessian], Tensor]
 """Takes a layer and the Hessian of its inputs; returns the weight to go on with, in the weight's shape."""
@@ -29,6 +30,8 @@ def obstacle(program: Program, layer: Layer) -> str | None:
         return "its weight is not a matrix [O, K]; canonicalize-layers makes it one"
     if layer.data is None:
         return "it takes no data"
+    if layer.weight_name in program.shared:
+        return "its weight has other users"
     users = [user for node in _readers(program, layer.weight) for user in node.users]
     if len(users) > 1:
         return "its weight has other users"
@@ -47,7 +50,8 @@ def visit_layers(
 ) -> None:
     """Visit layers in graph order, with calibration data that went through those already visited.
 
-    Layers that read the same value, as q, k and v do, share a Hessian.
+    Layers that read the same value, as q, k and v do, share a Hessian, and are visited together. With a
+    work folder, values that do not fit into memory lie there.
 
     Args:
         program: The program; it is only read.
@@ -56,43 +60,44 @@ def visit_layers(
         context: Holds the calibration data.
         max_bytes: Memory for the values of all batches at one place of the graph.
         purpose: What it is done for, for the progress bar.
-        with_dense: Let the Hessians know the inputs of the unchanged program as well (`Hessian.cross`);
-            takes twice the time and memory of a run.
+        with_dense: Let the Hessians know the inputs of the unchanged program as well (`Hessian.cross`); takes
+            twice the time and memory of a run.
 
     Raises:
         CalibrationError: If there is no data, or the inputs of a layer are not finite; the text names it.
     """
-    chosen = {layer.node: layer for layer in layers}
-    if not chosen:
+    groups: dict[fx.Node, list[Layer]] = {}
+    for layer in layers:
+        assert layer.data is not None
+        groups.setdefault(layer.data, []).append(layer)
+    if not groups:
         return
     changed, dense = Stepwise(program), Stepwise(program)
     share = max_bytes // 2 if with_dense else max_bytes
-    batches = changed.batches(context, share, f"{purpose}: reading")
-    waiting: dict[fx.Node, int] = {}
-    for layer in layers:
-        assert layer.data is not None
-        waiting[layer.data] = waiting.get(layer.data, 0) + 1
-    hessians: dict[fx.Node, Hessian] = {}
-    wanted: Iterator[tuple[fx.Node, Read | None]]
-    wanted = dense.walk(batches) if with_dense else ((node, None) for node in dense.steps)
-    steps = zip(changed.walk(batches), wanted, context.progress.track(changed.steps, purpose), strict=False)
-    for (node, read), (_, read_dense), _ in steps:
-        if node not in chosen:
-            continue
-        layer = chosen[node]
-        data = layer.data
-        assert data is not None
-        if data not in hessians:
-            hessians[data] = _hessian(layer, read(data), read_dense(data) if read_dense else None)
-        with torch.no_grad():
-            changed.substitutes[layer.weight_value] = visit(layer, hessians[data])
-        waiting[data] -= 1
-        if not waiting[data]:
-            del hessians[data]
+    room = memory_for(context, share)
+    batches = changed.batches(context, share, f"{purpose}: reading", spills=True)
+    place = {node: index for index, node in enumerate(changed.steps)}
+    readers = {
+        min((layer.node for layer in group), key=place.__getitem__): group for group in groups.values()
+    }
+    stops = sorted(readers, key=place.__getitem__)
+    with open_shelf(room, context.work_dir) as shelf, open_shelf(room, context.work_dir) as dense_shelf:
+        walk = changed.walk(batches, stops=readers, shelf=shelf)
+        beside = dense.walk(dense_batches(context, batches), stops=readers, shelf=dense_shelf)
+        for node in context.progress.track(stops, purpose):
+            _, read = next(walk)
+            wanted = next(beside)[1] if with_dense else None
+            data = readers[node][0].data
+            assert data is not None
+            hessian = _hessian(readers[node][0], read(data), wanted(data) if wanted else None)
+            for layer in readers[node]:
+                with torch.no_grad():
+                    changed.substitutes[layer.weight_value] = visit(layer, hessian)
 
 
-def _hessian(layer: Layer, values: list[Tensor], wanted: list[Tensor] | None) -> Hessian:
-    hessian = Hessian(values[0].shape[-1], values[0].device, f"layer '{layer.name}'")
+def _hessian(layer: Layer, values: Sequence[Tensor], wanted: Sequence[Tensor] | None) -> Hessian:
+    first = values[0]
+    hessian = Hessian(first.shape[-1], first.device, f"layer '{layer.name}'")
     for index, value in enumerate(values):
         hessian.add(value, None if wanted is None else wanted[index])
     if hessian.count == 0:
