@@ -23,6 +23,7 @@ _BACKENDS = {
     "reference": "sqcompile.backends.reference",
     "onnxruntime": "sqcompile.backends.onnxruntime",
     "native": "sqcompile.backends.native.backend",
+    "native-exact": "sqcompile.backends.native.exact",
 }
 
 

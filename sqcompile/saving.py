@@ -77,10 +77,9 @@ def check_target(path: Path) -> None:
 
 
 def _save_file(compiled: Compiled, path: Path) -> list[Path]:
-    wanted = SUFFIXES[path.suffix]
-    if wanted == compiled.backend.name:
+    if path.suffix == compiled.artifact.suffix:
         return compiled.artifact.save(path)
-    return get_backend(wanted).lower(compiled.program).save(path)
+    return get_backend(SUFFIXES[path.suffix]).lower(compiled.program).save(path)
 
 
 def _save_folder(compiled: Compiled, path: Path) -> list[Path]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sqcompile.backend import Artifact
+import sympy
+import torch
+
+from sqcompile.backend import Artifact, LayerChoice
 from sqcompile.backends.native.file import PlanFile
 from sqcompile.backends.native.plan import Plan
 from sqcompile.files import atomic_file
+
+if TYPE_CHECKING:
+    from sqcompile.backends.native.lower.choice import Product
 
 
 class NativeArtifact(Artifact):
@@ -19,14 +25,33 @@ class NativeArtifact(Artifact):
     Attributes:
         plan: What the engine executes.
         notes: What the report should say about the choices made.
+        products: Products with stored weights, by layer.
     """
 
     suffix: ClassVar[str] = ".sqm"
 
-    def __init__(self, plan: Plan, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, plan: Plan, notes: Sequence[str] = (), products: Mapping[str, Product] | None = None
+    ) -> None:
         self.plan = plan
         self.notes = tuple(notes)
+        self.products = dict(products or {})
+        self.choices = {name: LayerChoice(item.form, item.remark) for name, item in self.products.items()}
         self._file = PlanFile(plan)
+
+    def predict(self, inputs: Sequence[Any]) -> dict[str, float]:
+        """Return what the products of a call will take in ns, by layer: of each the product alone."""
+        from sqcompile.backends.native.kernel_times import kernel_times
+
+        times, _ = kernel_times()
+        tensors = [item for item in inputs if isinstance(item, torch.Tensor)]
+        sizes = {
+            symbol: size
+            for (_, value), tensor in zip(self.plan.inputs, tensors, strict=True)
+            for symbol, size in zip(value.shape, tensor.shape, strict=True)
+            if isinstance(symbol, sympy.Symbol)
+        }
+        return {name: item.ns(times, sizes) for name, item in self.products.items()}
 
     @property
     def size_bytes(self) -> int:

@@ -17,6 +17,8 @@ class NativeBackend(Backend):
     """Lowers programs to plans, and runs them in the C++ engine."""
 
     name: ClassVar[str] = "native"
+    exact: ClassVar[bool] = False
+    """Whether products round nothing that the program does not round."""
 
     def supports(self, program: Program, node: fx.Node) -> str | None:
         """Return None if the engine can run the node, else the reason why not."""
@@ -43,8 +45,8 @@ class NativeBackend(Backend):
         from sqcompile.backends.native.lower import lower
 
         self.require_support(program)
-        plan, notes = lower(program)
-        return NativeArtifact(plan, notes)
+        plan, notes, products = lower(program, exact=self.exact)
+        return NativeArtifact(plan, notes, products)
 
     def load(self, source: Artifact | Path, *, threads: int | None = None) -> Session:
         """Load a plan, from memory or from its file.

@@ -48,7 +48,9 @@ Inputs = Annotated[
         "name=64 says with which size to trace. Repeat it for each input.",
     ),
 ]
-Backend = Annotated[str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or reference.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", "-b", help="auto, native, native-exact, onnxruntime or reference.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads within an operator.")]
 Imports = Annotated[
     list[str] | None,

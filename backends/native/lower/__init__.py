@@ -5,7 +5,7 @@ shapes.py, elementwise.py, reductions.py, products.py, quantized.py    that tabl
 convolutions.py, pooling.py                    the same for images; windows.py: where they look
 codes.py        patterns of 8-bit codes, as integer steps on images; images.py: how those lie
 generation.py   the plan that continues texts; positions.py: what it has to know
-linears.py      products with quantized weights; weights.py: their packed forms
+linears.py      products with quantized weights; weights.py: their packed forms; choice.py: which of them
 patterns.py     several operators that are one step
 fuse.py         several steps that are one
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -29,6 +29,7 @@ from sqcompile.backends.native.lower import (  # noqa: F401  (each registers its
     reductions,
     shapes,
 )
+from sqcompile.backends.native.lower.choice import Product
 from sqcompile.backends.native.lower.codes import find_codes
 from sqcompile.backends.native.lower.context import CHECKS, DTYPES, TABLE, Lowering, constant_nodes, is_size
 from sqcompile.backends.native.lower.fuse import drop_unused_tensors, fuse
@@ -78,13 +79,31 @@ def _reason_against_types(node: fx.Node) -> str | None:
     return None
 
 
-def lower(program: Program) -> tuple[Plan, list[str]]:
-    """Lower a program that has only supported operators; also return what the report should say.
+class Lowered(NamedTuple):
+    """A program that was lowered.
+
+    Attributes:
+        plan: What the engine executes.
+        notes: What the report should say about the choices made.
+        products: Products with stored weights, by layer.
+    """
+
+    plan: Plan
+    notes: list[str]
+    products: dict[str, Product]
+
+
+def lower(program: Program, *, exact: bool = False) -> Lowered:
+    """Lower a program that has only supported operators.
+
+    Args:
+        program: The program.
+        exact: Whether products round nothing that the program does not round; see `backends/native/exact.py`.
 
     Raises:
         BackendError: If the program returns a number that is no tensor.
     """
-    context = Lowering(program)
+    context = Lowering(program, exact=exact)
     for node, value in zip(program.placeholders, program.signature.inputs, strict=True):
         if value.is_tensor:
             shape = context.shape(node)
@@ -115,7 +134,7 @@ def lower(program: Program) -> tuple[Plan, list[str]]:
     for part in plans:
         fuse(part, merged)
     drop_unused_tensors(*plans)
-    return plan, context.notes
+    return Lowered(plan, context.notes, context.products)
 
 
 def _define_outputs(program: Program, context: Lowering) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from sqcompile.backends.native.file import as_size
+from sqcompile.backends.native.kernel_times import KernelTimes, kernel_times
+from sqcompile.backends.native.lower.choice import Candidate, Product, Workload, workload_of
 from sqcompile.backends.native.plan import Plan, Shape, Size, SymbolRange, Value
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
@@ -39,18 +41,23 @@ class Lowering:
 
     Attributes:
         program: The program that is lowered.
+        exact: Whether products round nothing that the program does not round.
         plan: Steps so far.
         notes: What the report should say about the choices made.
         shared: Whatever several layers share, by a key of their own.
         rounded: Layers whose activation is rounded to 8 bits though the program does not say so.
+        products: Products with stored weights, by layer.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, exact: bool = False) -> None:
         self.program = program
+        self.exact = exact
         self.plan = Plan(symbols=_symbols(program))
         self.notes: list[str] = []
         self.shared: dict[Any, Any] = {}
         self.rounded = 0
+        self.products: dict[str, Product] = {}
+        self._workloads: dict[Size, Workload] = {}
         self._fixed = constant_nodes(program)
         self._values: dict[fx.Node, Value | Results] = {}
         self._constants: dict[fx.Node, torch.Tensor | None] = {}
@@ -65,6 +72,25 @@ class Lowering:
     def define(self, node: fx.Node, result: Value | Results) -> None:
         """Say what a node has become."""
         self._values[node] = result
+
+    @property
+    def times(self) -> KernelTimes:
+        """What products take on this machine."""
+        times, remark = kernel_times()
+        if remark and remark not in self.notes:
+            self.notes.append(remark)
+        return times
+
+    def workload(self, rows: Size) -> Workload:
+        """Return what a product of so many rows of activations has to do."""
+        if rows not in self._workloads:
+            self._workloads[rows] = workload_of(self.program, rows)
+        return self._workloads[rows]
+
+    def add_product(self, form: str, choice: Candidate, n: int, k: int, rows: Size, remark: str = "") -> None:
+        """Say that the node of the next steps is a product with a stored weight."""
+        cached = self.workload(rows).cached
+        self.products[self._name] = Product(form, choice, n, k, rows, cached, remark)
 
     def is_defined(self, node: fx.Node) -> bool:
         """Whether a node has become something already."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,12 @@ from numpy.typing import NDArray
 from torch import fx
 
 from sqcompile.backends.native import kernels
+from sqcompile.backends.native.lower.choice import Candidate, Workload, choose
 from sqcompile.backends.native.lower.context import Lowering, node_argument, tensor_of
 from sqcompile.backends.native.lower.quantized import Granularity
-from sqcompile.backends.native.plan import Value
+from sqcompile.backends.native.plan import Size, Value
 
 sq = torch.ops.sqcompile
-
-# From these fractions of zeros on a sparse form is chosen (docs/kernels.md). Below
-# them the dense kernels read hardly more and compute faster.
-SPARSE_FROM = 0.3
-
-# The same for codes of so many bits. Those kept take 4 bits behind a bitmask, so that of 3 and 2 bits half and
-# three quarters of the weights have to be zero before a file is smaller; expanding costs more on top of it.
-_CODES_SPARSE_FROM = {2: 0.85, 3: 0.6, 4: SPARSE_FROM}
-
-# Time of a product that skips blocks of outputs × 4 inputs, as a part of the dense one's: so much for what is kept,
-# and so much at any rate (docs/kernels.md, 128 rows). Wide blocks share loads, but are zero less often.
-_BLOCK_TIME = {1: (1.33, 0.09), 4: (1.03, 0.075), 16: (1.19, 0.045)}
-BLOCKS_BELOW = 0.75
 
 _GROUPS = (128, 64, 32)
 _INT8 = np.iinfo(np.int8)
@@ -82,6 +70,8 @@ class PackedWeight:
         ints: The operator's whole numbers.
         group_size: Inputs that share an activation scale, for 4-bit products; 0 for 8-bit ones.
         form: What it is, for people.
+        choice: The form that was chosen, as times are kept by.
+        remark: What is to be said of the choice.
     """
 
     operator: str
@@ -90,6 +80,8 @@ class PackedWeight:
     ints: tuple[int, ...]
     group_size: int
     form: str
+    choice: Candidate
+    remark: str = ""
 
 
 def stored_weight(context: Lowering, node: fx.Node, outputs_axis: int) -> StoredWeight | None:
@@ -143,18 +135,37 @@ def stored_weight(context: Lowering, node: fx.Node, outputs_axis: int) -> Stored
     )
 
 
-def pack(context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None) -> PackedWeight | None:
-    """Pack a weight for the kernel that suits its format and its zeros; None if there is no such kernel."""
+def pack(
+    context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, rows: Size
+) -> PackedWeight | None:
+    """Pack a weight for the kernel that suits its format and its zeros; None if there is no such kernel.
+
+    Args:
+        context: The plan under construction.
+        weight: The weight.
+        bias: [N], or None.
+        rows: Rows of activations that it is multiplied by.
+    """
+    packed, remark = _pack(context, weight, bias, context.workload(rows))
+    return packed and replace(packed, remark=remark)
+
+
+def _pack(
+    context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, workload: Workload
+) -> tuple[PackedWeight | None, str]:
     if weight.highest - weight.lowest < 16:
         group = _kernel_group(weight)
-        return None if group is None else _pack_codes(context, weight, bias, group)
+        return (None, "") if group is None else _pack_codes(context, weight, bias, group, workload)
     if weight.scale.shape[1] != 1:
         group = _kernel_group(weight)
-        return None if group is None else _pack_grouped_8bit(context, weight, bias, group)
+        return (None if group is None else _pack_grouped_8bit(context, weight, bias, group)), ""
     values = weight.values
     if values.size and (values.min() < _INT8.min or values.max() > _INT8.max):
-        return None
-    return _pack_8bit(context, values.astype(np.int8), weight.scale[:, 0], bias)
+        return None, ""
+    codes = values.astype(np.int8)
+    candidates = _forms_of_int8(codes)
+    choice, remark = choose(context.times, workload, candidates, *weight.shape)
+    return _pack_8bit(context, codes, weight.scale[:, 0], bias, choice), remark
 
 
 def _kernel_group(weight: StoredWeight) -> int | None:
@@ -165,13 +176,35 @@ def _kernel_group(weight: StoredWeight) -> int | None:
     return next((group for group in _GROUPS if weight.group_size % group == 0), None)
 
 
+def _forms_of_int8(values: NDArray[np.int8]) -> list[Candidate]:
+    """Return the forms that a weight can have: dense, and those that leave zeros out."""
+    n, k = values.shape
+    forms = [Candidate("int8", 1.0, values.size)]
+    kept = np.count_nonzero(values)
+    if kept == values.size:
+        return forms
+    forms.append(Candidate("int8, bitmask", kept / values.size, kept + values.size / 8))
+    for outputs in (1, 4, 16):
+        if n % outputs or k % 4:
+            continue
+        blocks = values.reshape(n // outputs, outputs, k // 4, 4).any(axis=(1, 3))
+        count = int(np.count_nonzero(blocks))
+        if count < blocks.size:
+            size_bytes = count * (outputs * 4 + 1)
+            forms.append(Candidate(f"int8 in {outputs}x4 blocks", count / blocks.size, size_bytes, outputs))
+    return forms
+
+
 def _pack_8bit(
-    context: Lowering, values: NDArray[np.int8], scale: NDArray[np.float32], bias: NDArray[np.float32] | None
+    context: Lowering,
+    values: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    choice: Candidate,
 ) -> PackedWeight:
     n, k = values.shape
-    zeros = 1 - np.count_nonzero(values) / max(values.size, 1)
-    outputs = _block_outputs(values)
-    if outputs is not None:
+    if choice.block_outputs:
+        outputs = choice.block_outputs
         blocks = kernels.pack_block_sparse_int8(values, scale, outputs, bias)
         arrays: list[tuple[Any, str]] = [
             (blocks.index, "qblock_index"),
@@ -182,10 +215,8 @@ def _pack_8bit(
             (blocks.scale, "panels"),
         ]
         ints: tuple[int, ...] = (n, k, outputs, blocks.chunk)
-        return _packed(
-            context, "linear_q8_block", arrays, blocks.bias, ints, 0, f"int8 in {outputs}x4 blocks"
-        )
-    if zeros >= SPARSE_FROM:
+        return _packed(context, "linear_q8_block", arrays, blocks.bias, ints, 0, choice)
+    if choice.form == "int8, bitmask":
         sparse = kernels.pack_sparse_int8(values, scale, bias)
         arrays = [
             (sparse.masks, "qsparse_masks"),
@@ -194,28 +225,19 @@ def _pack_8bit(
             (sparse.sum, "panels"),
             (sparse.scale, "panels"),
         ]
-        return _packed(context, "linear_q8_sparse", arrays, sparse.bias, (n, k), 0, "int8, bitmask")
+        return _packed(context, "linear_q8_sparse", arrays, sparse.bias, (n, k), 0, choice)
     dense = kernels.pack_int8(values, scale, bias)
     arrays = [(dense.tiles, "qgemm"), (dense.sum, "panels"), (dense.scale, "panels")]
-    return _packed(context, "linear_q8", arrays, dense.bias, (n, k), 0, "int8")
-
-
-def _block_outputs(values: NDArray[np.int8]) -> int | None:
-    """Return the block (so many outputs by 4 inputs) that saves the most time by its zeros, or None."""
-    n, k = values.shape
-    times = {}
-    for outputs, (per_kept, fixed) in _BLOCK_TIME.items():
-        if n % outputs or k % 4 or not values.size:
-            continue
-        blocks = values.reshape(n // outputs, outputs, k // 4, 4).any(axis=(1, 3))
-        times[outputs] = per_kept * np.count_nonzero(blocks) / blocks.size + fixed
-    best = min(times, key=lambda outputs: times[outputs], default=None)
-    return None if best is None or times[best] > BLOCKS_BELOW else best
+    return _packed(context, "linear_q8", arrays, dense.bias, (n, k), 0, choice)
 
 
 def _pack_codes(
-    context: Lowering, weight: StoredWeight, bias: NDArray[np.float32] | None, group: int
-) -> PackedWeight | None:
+    context: Lowering,
+    weight: StoredWeight,
+    bias: NDArray[np.float32] | None,
+    group: int,
+    workload: Workload,
+) -> tuple[PackedWeight | None, str]:
     """Pack codes of at most 4 bits, which index a table."""
     scale, zeros = _by_kernel_group(weight, group)
     bits = max((weight.highest - weight.lowest).bit_length(), 2)
@@ -225,18 +247,25 @@ def _pack_codes(
     table = np.clip(np.arange(1 << bits) + weight.lowest - (shift or 0), -127, 127).astype(np.int8)
     if weight.table is not None:
         table[: len(weight.table)] = weight.table
+    choice, remark = Candidate(f"{bits}-bit", 1.0, codes.size * bits / 8), ""
     if shift is not None:
         keep = table[codes] != 0
-        if keep.size and 1 - np.count_nonzero(keep) / keep.size >= _CODES_SPARSE_FROM[bits]:
-            return _pack_kept_codes(context, codes, keep, np.resize(table, 16), scale, group, bias)
+        kept = np.count_nonzero(keep)
+        if kept < keep.size:
+            # Kept codes have 4 bits, whatever they had; those of two tiles share bytes, which pads them a little.
+            bitmask = Candidate("4-bit, bitmask", kept / keep.size, keep.size / 8 + 0.51 * kept)
+            choice, remark = choose(context.times, workload, [choice, bitmask], *weight.shape)
+            if choice is bitmask:
+                table = np.resize(table, 16)
+                return _pack_kept_codes(context, codes, keep, table, scale, group, bias, choice), remark
     if shift is None and (abs(zeros) > _INT8.max).any():
-        return None
+        return None, ""
     zero_point = None if shift is not None else zeros.astype(np.int8)
-    half = _fits_half(scale)
+    half = not context.exact and _fits_half(scale)
     dense = kernels.pack_int4(
         codes, table, scale, group, zero_point=zero_point, bias=bias, half_scales=half, bits=bits
     )
-    return _packed_groups(context, dense)
+    return _packed_groups(context, dense, choice), remark
 
 
 def _pack_kept_codes(
@@ -247,8 +276,9 @@ def _pack_kept_codes(
     scale: NDArray[np.float32],
     group: int,
     bias: NDArray[np.float32] | None,
+    choice: Candidate,
 ) -> PackedWeight:
-    half = _fits_half(scale)
+    half = not context.exact and _fits_half(scale)
     sparse = kernels.pack_sparse_int4(codes, keep, table, scale, group, bias=bias, half_scales=half)
     arrays: list[tuple[Any, str]] = [
         (sparse.masks, "q4sparse_masks"),
@@ -257,8 +287,7 @@ def _pack_kept_codes(
         (sparse.table, "plain"),
         (sparse.scale, "group_panels"),
     ]
-    form = f"4-bit, bitmask, groups of {group}"
-    return _packed(context, "linear_q4_sparse", arrays, sparse.bias, (*codes.shape, group), group, form)
+    return _packed(context, "linear_q4_sparse", arrays, sparse.bias, (*codes.shape, group), group, choice)
 
 
 def _pack_grouped_8bit(
@@ -272,7 +301,7 @@ def _pack_grouped_8bit(
     if weight.table is not None or abs(zeros).max(initial=0) > most or abs(codes).max(initial=0) > most:
         return None
     same = not zeros.any()
-    half = _fits_half(scale)
+    half = not context.exact and _fits_half(scale)
     dense = kernels.pack_grouped_int8(
         codes.astype(np.int8),
         scale,
@@ -281,20 +310,19 @@ def _pack_grouped_8bit(
         bias=bias,
         half_scales=half,
     )
-    return _packed_groups(context, dense)
+    return _packed_groups(context, dense, Candidate("8-bit", 1.0, codes.size))
 
 
 def _by_kernel_group(weight: StoredWeight, group: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Return scales and zero points of groups of this size, of which one of the weight's is a multiple."""
     groups = -(-weight.shape[1] // group)
     repeats = max(weight.group_size // group, 1) if weight.scale.shape[1] > 1 else groups
-    scale, zeros = (
-        np.repeat(item, repeats, axis=1)[:, :groups] for item in (weight.scale, weight.zero_point)
-    )
+    scale = np.repeat(weight.scale, repeats, axis=1)[:, :groups]
+    zeros = np.repeat(weight.zero_point, repeats, axis=1)[:, :groups]
     return scale, zeros
 
 
-def _packed_groups(context: Lowering, weight: kernels.Int4Weight) -> PackedWeight:
+def _packed_groups(context: Lowering, weight: kernels.Int4Weight, choice: Candidate) -> PackedWeight:
     group = weight.group_size
     arrays: list[tuple[Any, str]] = [
         (weight.codes, "q4gemm"),
@@ -303,8 +331,7 @@ def _packed_groups(context: Lowering, weight: kernels.Int4Weight) -> PackedWeigh
         (weight.zero_point, "group_panels"),
     ]
     ints = (weight.n, weight.k, group, weight.bits)
-    form = f"{weight.bits}-bit, groups of {group}"
-    return _packed(context, "linear_q4", arrays, weight.bias, ints, group, form)
+    return _packed(context, "linear_q4", arrays, weight.bias, ints, group, choice)
 
 
 def _fits_half(scale: NDArray[np.float32]) -> bool:
@@ -320,10 +347,11 @@ def _packed(
     bias: NDArray[np.float32] | None,
     ints: tuple[int, ...],
     group_size: int,
-    form: str,
+    choice: Candidate,
 ) -> PackedWeight:
     def store(array: Any, layout: str) -> Value | None:
         return None if array is None else context.plan.add_constant(array, layout)
 
     values = tuple(store(array, layout) for array, layout in arrays)
-    return PackedWeight(operation, values, store(bias, "panels"), ints, group_size, form)
+    form = f"{choice.form}, groups of {group_size}" if group_size else choice.form
+    return PackedWeight(operation, values, store(bias, "panels"), ints, group_size, form, choice)

@@ -213,7 +213,7 @@ def _long_model(window: int | None) -> Program:
 
 
 def _reason(program: Program) -> str | None:
-    plan, _ = lower_program(program)
+    plan = lower_program(program).plan
     reason = json.loads(plan.metadata).get("no_generation")
     assert (reason is None) == (plan.generation is not None)
     return reason  # type: ignore[no-any-return]
