@@ -31,6 +31,7 @@ from sqcompile.passes.quantize import (
     FoldQDQ,
     FreezeObservers,
     InsertObservers,
+    MixedPrecision,
     QuantizeWeights,
     RelaxClamps,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "FreezeObservers",
     "InsertObservers",
     "MaskWeights",
+    "MixedPrecision",
     "PruneGradually",
     "QuantizeWeights",
     "RelaxClamps",

@@ -7,6 +7,7 @@ from sqcompile.passes.quantize.fold_qdq import FoldQDQ
 from sqcompile.passes.quantize.freeze_observers import FreezeObservers
 from sqcompile.passes.quantize.gptq import GPTQ
 from sqcompile.passes.quantize.insert_observers import InsertObservers
+from sqcompile.passes.quantize.mixed_precision import MixedPrecision
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 from sqcompile.passes.quantize.relax_clamps import RelaxClamps
 
@@ -18,6 +19,7 @@ __all__ = [
     "FoldQDQ",
     "FreezeObservers",
     "InsertObservers",
+    "MixedPrecision",
     "QuantizeWeights",
     "RelaxClamps",
 ]
