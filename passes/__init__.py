@@ -24,6 +24,7 @@ from sqcompile.passes.prune import (
     Wanda,
 )
 from sqcompile.passes.quantize import (
+    AWQ,
     GPTQ,
     Calibrate,
     CorrectBias,
@@ -34,6 +35,7 @@ from sqcompile.passes.quantize import (
     MixedPrecision,
     QuantizeWeights,
     RelaxClamps,
+    SmoothQuant,
 )
 from sqcompile.passes.train import (
     DistillBlocks,
@@ -45,6 +47,7 @@ from sqcompile.passes.train import (
 )
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "ApplyMasks",
     "Calibrate",
@@ -69,6 +72,7 @@ __all__ = [
     "RemoveLayers",
     "RemoveNeurons",
     "RemoveNoops",
+    "SmoothQuant",
     "SparseGPT",
     "TrainAdapters",
     "TrainQuantized",

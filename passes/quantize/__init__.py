@@ -1,5 +1,6 @@
 """Passes that turn floating-point programs into integer ones."""
 
+from sqcompile.passes.quantize.awq import AWQ
 from sqcompile.passes.quantize.calibrate import Calibrate
 from sqcompile.passes.quantize.correct_bias import CorrectBias
 from sqcompile.passes.quantize.equalize_layers import EqualizeLayers
@@ -10,8 +11,10 @@ from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.mixed_precision import MixedPrecision
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 from sqcompile.passes.quantize.relax_clamps import RelaxClamps
+from sqcompile.passes.quantize.smooth_quant import SmoothQuant
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "Calibrate",
     "CorrectBias",
@@ -22,4 +25,5 @@ __all__ = [
     "MixedPrecision",
     "QuantizeWeights",
     "RelaxClamps",
+    "SmoothQuant",
 ]

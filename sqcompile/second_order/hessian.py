@@ -26,6 +26,8 @@ class Hessian:
     Attributes:
         matrix: H, [K, K].
         cross: C, [D, K], or None; D is K, or what the dense layer has more of.
+        magnitude: Mean of |x|, [K].
+        peak: Largest |x|, [K].
         count: Inputs seen.
     """
 
@@ -33,6 +35,8 @@ class Hessian:
         self._where = where
         self.matrix = torch.zeros(size, size, device=device)
         self.cross: Tensor | None = None
+        self.magnitude = torch.zeros(size, device=device)
+        self.peak = torch.zeros(size, device=device)
         self.count = 0
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
@@ -53,6 +57,9 @@ class Hessian:
             if self.cross is None:
                 self.cross = self.matrix.new_zeros(wanted.shape[1], rows.shape[1])
             self.cross.addmm_(wanted.T, rows, beta=self.count / total, alpha=1 / total)
+        sizes = rows.abs()
+        self.magnitude.mul_(self.count / total).add_(sizes.sum(0), alpha=1 / total)
+        self.peak = torch.maximum(self.peak, sizes.amax(0))
         self.count = total
         if not bool(torch.isfinite(self.matrix.diagonal()).all()):
             raise CalibrationError(

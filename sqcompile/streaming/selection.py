@@ -31,7 +31,8 @@ def check_selection(passes: Sequence[Pass], program: Program) -> None:
         for field in option_fields(type(item)):
             value = getattr(item, field.name)
             if field.name in _PATTERNS:
-                select_layers(known, value, where=where)
+                named = [pattern for pattern in value if not pattern.startswith(_KIND)]
+                select_layers(known, named, where=where)
             elif field.name in _KINDS:
                 select_layers(known, kinds=value, where=where)
             elif field.name in _OVERRIDES:
@@ -46,7 +47,7 @@ def narrowed(item: Pass, program: Program) -> Pass:
     for field in option_fields(type(item)):
         value = getattr(item, field.name)
         if field.name in _PATTERNS:
-            changes[field.name] = tuple(pattern for pattern in value if _matches(pattern, layers, sites))
+            changes[field.name] = tuple(pattern for pattern in value if _applies(pattern, layers, sites))
         elif field.name in _KINDS and value:
             kinds = {site.kind for site in sites} | {layer.kind for layer in layers}
             found = tuple(kind for kind in value if kind in kinds)
