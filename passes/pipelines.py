@@ -8,9 +8,12 @@ A pipeline is a starting point: being a list, it can be cut, extended and reorde
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 from sqcompile.errors import RecipeError, did_you_mean
+from sqcompile.mixed_precision import Candidate
 from sqcompile.passes.canonicalize import (
     CanonicalizeActivations,
     CanonicalizeLayers,
@@ -18,14 +21,16 @@ from sqcompile.passes.canonicalize import (
     FoldConstants,
     RemoveNoops,
 )
-from sqcompile.passes.prune import ApplyMasks, MaskWeights
+from sqcompile.passes.prune import ApplyMasks, MaskWeights, SparseGPT
 from sqcompile.passes.quantize import (
+    GPTQ,
     Calibrate,
     CorrectBias,
     EqualizeLayers,
     FoldQDQ,
     FreezeObservers,
     InsertObservers,
+    MixedPrecision,
     QuantizeWeights,
 )
 from sqcompile.pipeline import Pass
@@ -184,6 +189,74 @@ def weight_only(
     ]
 
 
+def llm(
+    *,
+    bits: int | None = None,
+    budget: str | None = None,
+    sparsity: float | None = None,
+    pattern: Pattern | str = UNSTRUCTURED,
+    group_size: int = 32,
+    embeddings: Format | str = INT8_WEIGHT,
+    exclude: tuple[str, ...] = (),
+) -> list[Pass]:
+    """Compress a language model with calibration data, so that it keeps what it says: the default for quality.
+
+    Weights are rounded by GPTQ against the dense model's outputs, and pruned before by SparseGPT with an exact
+    refit. With a budget each layer gets the bits, and the density if a sparsity is given too, that it needs.
+    Embeddings and the layers that make the outputs get 8 bits, and are not pruned.
+
+    Args:
+        bits: Bits a weight; 4 if there is no budget either.
+        budget: Instead: `3.5 bits` a weight on average, scales included, or `700 MB`, both of all layers but
+            those; or `2 %`, the rise of the perplexity that is predicted.
+        sparsity: Fraction of each weight to prune, or None; with a budget, of the layers that can bear it.
+        pattern: Sparse pattern: `unstructured`, `2:4`, `1x4`, …
+        group_size: Weights that share a scale.
+        embeddings: Format of embeddings and output layers.
+        exclude: Patterns of layers to leave in floating point.
+
+    Raises:
+        RecipeError: If both bits and a budget are given, or the budget cannot be read.
+    """
+    if bits is not None and budget is not None:
+        raise RecipeError(
+            "Bits and a budget contradict each other.",
+            where="pipeline llm",
+            seen=f"bits={bits}, budget={budget!r}",
+            expected="one of both",
+            next_step="leave one out",
+        )
+
+    def grouped(bits: int) -> Format:
+        return Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(group_size))
+
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    eight = _format(embeddings)
+    left: tuple[Override, ...] = tuple((name, "float") for name in exclude)
+    quantize = GPTQ(
+        weight=grouped(bits or 4),
+        formats=(("kind:embedding", eight), ("kind:head", eight), *left),
+    )
+    prunes = sparsity is not None or pattern.fixed_sparsity is not None
+    prune = None
+    if prunes:
+        prune = SparseGPT(sparsity=sparsity, pattern=pattern, refit=True, exclude=("kind:head", *exclude))
+    if budget is None:
+        return [*canonical(), *([prune, ApplyMasks()] if prune else []), quantize, FoldQDQ()]
+    formats = [Candidate(grouped(bits)) for bits in (2, 3, 4, 8)]
+    if prune is not None:
+        share = pattern.fixed_sparsity if sparsity is None else sparsity
+        formats += [Candidate(grouped(bits), share or 0.0, pattern) for bits in (3, 4, 8)]
+    mixed = MixedPrecision(
+        quantize=quantize,
+        prune=prune,
+        candidates=tuple(formats),
+        exclude=("kind:head", *exclude),
+        **_read_budget(budget),
+    )
+    return [*canonical(), mixed, FoldQDQ()]
+
+
 Pipeline = Callable[..., list[Pass]]
 """A function whose keyword arguments are options, and which returns passes in order."""
 
@@ -191,6 +264,7 @@ PIPELINES: dict[str, Pipeline] = {
     "int8-static": int8_static,
     "int8-dynamic": int8_dynamic,
     "weight-only": weight_only,
+    "llm": llm,
 }
 
 
@@ -209,6 +283,25 @@ def find_pipeline(name: str) -> Pipeline:
             next_step=did_you_mean(key, PIPELINES),
         )
     return PIPELINES[key]
+
+
+def _read_budget(text: str) -> dict[str, Any]:
+    """Return the option of `MixedPrecision` that a budget such as `3.5 bits`, `700 MB` or `2 %` stands for."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*(bits?|MB|GB|%)\s*", text)
+    number = float(match[1]) if match is not None and re.fullmatch(r"\d+(\.\d*)?|\.\d+", match[1]) else 0.0
+    if match is None or number <= 0:
+        raise RecipeError(
+            f"'{text}' is no budget.",
+            where="pipeline llm",
+            seen=text,
+            expected="'3.5 bits' (a weight), '700 MB' or '1.5 GB' (of weights), or '2 %' (rise of the perplexity)",
+            next_step="write one of these",
+        )
+    if match[2] == "%":
+        return {"increase": number / 100}
+    if match[2] in ("MB", "GB"):
+        return {"megabytes": number * (1000 if match[2] == "GB" else 1)}
+    return {"bits": number}
 
 
 def _pruned(sparsity: float | None, pattern: Pattern | str) -> list[Pass]:

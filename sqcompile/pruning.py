@@ -6,7 +6,7 @@ Every pass that decides about zeros, by whatever score, starts from `prunable_we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,11 @@ from sqcompile.errors import InputError
 from sqcompile.layers import Layer, layers_of, select_layers
 from sqcompile.matching import is_mask, tensor_users
 from sqcompile.program import Program
+from sqcompile.quantization.scheme import HEAD, is_head
 from sqcompile.rewrite import Rewriter
 from sqcompile.sparsity import Pattern, Sparsity, as_matrix, from_matrix
+
+_HEAD = f"kind:{HEAD}"
 
 RemarkAt = Callable[[fx.Node, str], None]
 
@@ -68,7 +71,7 @@ class PrunableWeight:
 def choose_layers(
     program: Program,
     include: Sequence[str],
-    exclude: Iterable[str],
+    exclude: Sequence[str],
     kinds: Sequence[str],
     *,
     where: str = "",
@@ -76,16 +79,20 @@ def choose_layers(
     """Choose layers to prune, as `select_layers` does, but embeddings only where they are asked for.
 
     A row of an embedding is all that is known about a token; zeros in it save nothing and cost much. Its
-    kind or its exact name asks for it.
+    kind or its exact name asks for it. `kind:head` among the patterns to exclude means the layers that make
+    the program's outputs, whatever their names are.
 
     Raises:
         SelectionError: If a pattern or a kind matches nothing; the nearest names are given.
     """
-    chosen = select_layers(layers_of(program), include, exclude, kinds, where=where)
+    patterns = [pattern for pattern in exclude if pattern != _HEAD]
+    with_head = _HEAD not in exclude
+    chosen = select_layers(layers_of(program), include, patterns, kinds, where=where)
     return [
         layer
         for layer in chosen
-        if layer.kind != "embedding" or "embedding" in kinds or layer.name in include
+        if (layer.kind != "embedding" or "embedding" in kinds or layer.name in include)
+        and (with_head or not is_head(layer.node))
     ]
 
 

@@ -51,7 +51,7 @@ class MaskWeights(Pass):
         scope: `layer`: the same fraction of every layer; `global`: one threshold for all, so that layers
             of small weights lose more.
         layers: Patterns of the layers to prune. Embeddings are pruned only if named exactly, or by kind.
-        exclude: Patterns of layers to leave as they are.
+        exclude: Patterns of layers to leave as they are; `kind:head`: those that make the outputs.
         kinds: Kinds of layers to prune (`linear`, `conv2d`); empty means all but embeddings.
         sparsities: Other fractions, by pattern or `kind:…`; of several that match, the last counts.
     """

@@ -40,7 +40,7 @@ class SparseGPT(Pass):
         damping: What is added to the Hessian's diagonal, as a share of its mean.
         refit: Solve for the surviving weights exactly, row by row; K³ / 3 operations a row.
         layers: Patterns of the layers to prune.
-        exclude: Patterns of layers to leave as they are.
+        exclude: Patterns of layers to leave as they are; `kind:head`: those that make the outputs.
         max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
     """
 

@@ -36,7 +36,7 @@ class Wanda(Pass):
         pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
         refit: Solve for the surviving weights exactly, row by row; K³ / 3 operations a row.
         layers: Patterns of the layers to prune.
-        exclude: Patterns of layers to leave as they are.
+        exclude: Patterns of layers to leave as they are; `kind:head`: those that make the outputs.
         max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
     """
 

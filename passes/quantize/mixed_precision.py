@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sqcompile.errors import PassOptionError
-from sqcompile.layers import layers_of, select_layers
 from sqcompile.levels import Level
 from sqcompile.mixed_precision import (
     Candidate,
@@ -28,6 +27,7 @@ from sqcompile.mixed_precision.sensitivity import measurable
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.pipeline.contract import option_fields
 from sqcompile.program import Program
+from sqcompile.pruning import choose_layers
 from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.sparsity import Pattern
 
@@ -68,7 +68,7 @@ class MixedPrecision(Pass):
         measure: `divergence` runs the model for each layer and candidate; `fisher` predicts the same by one
             backward run; `error` is for models whose first output is no logits.
         layers: Patterns of the layers to choose for.
-        exclude: Patterns of layers that get what `quantize` says.
+        exclude: Patterns of layers that get what `quantize` says; `kind:head`: those that make the outputs.
         max_batches: Batches on which losses are measured.
         max_bytes: Memory for the values of all batches at one place of the graph, in bytes.
     """
@@ -119,7 +119,7 @@ class MixedPrecision(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Measure, choose, prune and quantize."""
         assert self.quantize is not None
-        chosen = select_layers(layers_of(program), self.layers, self.exclude, where=f"pass {self.name}")
+        chosen = choose_layers(program, self.layers, self.exclude, (), where=f"pass {self.name}")
         layers = measurable(program, chosen, context)
         if not layers:
             context.remark("program", "has no layer to choose a format for")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ def prune_layers(
     *,
     pattern: Pattern,
     layers: Sequence[str],
-    exclude: Iterable[str],
+    exclude: Sequence[str],
     max_bytes: int,
     with_dense: bool,
     where: str,

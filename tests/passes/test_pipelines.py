@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from sqcompile import Level
 from sqcompile.calibration import Calibration
 from sqcompile.errors import PassOptionError, RecipeError
 from sqcompile.layers import layers_of
-from sqcompile.passes import CorrectBias, EqualizeLayers, FoldQDQ, MaskWeights
-from sqcompile.passes.pipelines import PIPELINES, find_pipeline, int8_dynamic, int8_static, weight_only
+from sqcompile.passes import CorrectBias, EqualizeLayers, FoldQDQ, MaskWeights, MixedPrecision, SparseGPT
+from sqcompile.passes.pipelines import PIPELINES, find_pipeline, int8_dynamic, int8_static, llm, weight_only
 from sqcompile.pipeline import PassContext, PassManager, parse_pipeline, pipeline_text
 from sqcompile.pipeline.manager import check_order
 from sqcompile.quantization import Format, Percentile
@@ -70,9 +71,11 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_prune_first_if_asked_to(name: str) -> None:
     dense, sparse = find_pipeline(name)(), find_pipeline(name)(sparsity=0.5)
-    assert next(item for item in sparse if item not in dense) == MaskWeights(sparsity=0.5)
+    prune: Any = next(item for item in sparse if item not in dense)
+    assert isinstance(prune, SparseGPT if name == "llm" else MaskWeights) and prune.sparsity == 0.5
     assert len(sparse) == len(dense) + 2
-    assert MaskWeights(pattern=Pattern.parse("2:4")) in find_pipeline(name)(pattern="2:4")
+    pattern = Pattern.parse("2:4")
+    assert replace(prune, sparsity=None, pattern=pattern) in find_pipeline(name)(pattern="2:4")
 
 
 def options_of(items: list[Any], kind: type[Any]) -> Any:
@@ -159,3 +162,48 @@ def test_compile_takes_a_pipeline_by_name() -> None:
     with torch.no_grad():
         assert compiled(x).shape == model(x).shape
     assert {str(promise) for promise in compiled.program.sparsity.values()} == {"unstructured, 50.0 % zeros"}
+
+
+def test_llm() -> None:
+    eight = '{"kind:embedding":int8:channel=0:narrow,"kind:head":int8:channel=0:narrow}'
+    assert pipeline_text(llm()) == f"{CANONICAL}gptq{{formats={eight}}},fold-qdq"
+    assert pipeline_text(llm(bits=3, sparsity=0.5)) == (
+        f"{CANONICAL}sparse-gpt{{sparsity=0.5,refit=true,exclude=[kind:head]}},apply-masks,"
+        f"gptq{{weight=uint3:group=32:affine,formats={eight}}},fold-qdq"
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "option"),
+    [
+        ("3.5 bits", {"bits": 3.5}),
+        ("1bit", {"bits": 1.0}),
+        ("700 MB", {"megabytes": 700.0}),
+        ("1.5GB", {"megabytes": 1500.0}),
+        ("2 %", {"increase": 0.02}),
+    ],
+)
+def test_llm_takes_a_budget(budget: str, option: dict[str, float]) -> None:
+    item = llm(budget=budget, sparsity=0.5)[-2]
+    assert isinstance(item, MixedPrecision)
+    assert {name: getattr(item, name) for name in ("bits", "megabytes", "increase")} == {
+        "bits": None,
+        "megabytes": None,
+        "increase": None,
+        **option,
+    }
+    assert [str(candidate) for candidate in item.candidates if candidate.prunes] == [
+        f"uint{bits}:group=32:affine+50%" for bits in (3, 4, 8)
+    ]
+    assert item.quantize == llm()[-2] and item.prune == llm(sparsity=0.5)[-4]
+
+
+@pytest.mark.parametrize("budget", ["3.5", "much", "0 bits", "1.2.3 bits", "-3 MB", ""])
+def test_a_budget_that_cannot_be_read(budget: str) -> None:
+    with pytest.raises(RecipeError, match="is no budget"):
+        llm(budget=budget)
+
+
+def test_bits_and_a_budget() -> None:
+    with pytest.raises(RecipeError, match="contradict"):
+        llm(bits=4, budget="3.5 bits")
