@@ -37,7 +37,7 @@ class Stepwise:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._last_use = _last_uses(program.graph)
+        self._last_use = last_uses(program.graph)
         self.steps = list(program.compute_nodes())
         self.substitutes: dict[fx.Node, Tensor] = {}
         self.functions: Mapping[fx.Node, Callable[[Any], Any]] = {}
@@ -215,7 +215,7 @@ def _runs(steps: Sequence[fx.Node], stops: Collection[fx.Node] | None) -> list[l
     return runs
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Return for each node the values that nothing reads after it."""
     last: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch.nn import functional
 from sqcompile.errors import CalibrationError, InputError
 from sqcompile.layers import Layer
 from sqcompile.mixed_precision.candidate import Candidate
+from sqcompile.mixed_precision.rerun import Rerun
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
@@ -175,29 +176,22 @@ def _judge(
 
 
 class _Run:
-    """Judges by running the whole program with one weight changed."""
+    """Judges by running the program with one weight changed."""
 
     def __init__(self, program: Program, batches: Sequence[Sequence[Any]], distance: Distance) -> None:
         self._program = program
-        self._batches = batches
         self._distance = distance
-        self._dense = [self._output(batch, {}) for batch in batches]
+        self._runs = [Rerun(program, batch) for batch in batches]
+        self._dense = [_first_output(program, run.outputs()) for run in self._runs]
 
     def loss(self, layer: Layer, dense: Tensor, changed: Tensor, hessian: Hessian) -> float:
         """Return the mean distance of the outputs."""
         total = count = 0.0
-        for batch, wanted in zip(self._batches, self._dense, strict=True):
-            output = self._output(batch, {layer.weight_value: changed})
-            total += self._distance(wanted, output) * wanted[..., 0].numel()
+        for run, wanted in zip(self._runs, self._dense, strict=True):
+            outputs = run.outputs(layer.node, {layer.weight_value: changed})
+            total += self._distance(wanted, _first_output(self._program, outputs)) * wanted[..., 0].numel()
             count += wanted[..., 0].numel()
         return total / count if count else 0.0
-
-    def _output(self, batch: Sequence[Any], values: Mapping[fx.Node, Tensor]) -> Tensor:
-        """Run the program with values of its own for some nodes."""
-        interpreter = fx.Interpreter(self._program.graph_module, garbage_collect_values=True)
-        with torch.no_grad():
-            outputs = interpreter.run(*batch, initial_env=dict(values))
-        return _first_output(self._program, outputs)
 
 
 class _Fisher:
