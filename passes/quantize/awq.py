@@ -45,7 +45,7 @@ class AWQ(Pass):
 
     Attributes:
         weight: Format that the weights will have.
-        search: Of its scales, as the pass that rounds will search them.
+        search: Of its scales while factors are compared; `minmax` is quick, and nearly as good as what follows.
         steps: Exponents that are tried between 0 and 1.
         layers: Patterns of the layers whose inputs are scaled.
         exclude: Patterns of layers to leave alone.
@@ -57,7 +57,7 @@ class AWQ(Pass):
     local: ClassVar[bool] = True
 
     weight: Format = WEIGHT
-    search: Search = "mse"
+    search: Search = "minmax"
     steps: int = 20
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()

@@ -52,7 +52,8 @@ class GPTQ(Pass):
     Attributes:
         weight: Format of weights: affine or symmetric, a scale a tensor, channel or group; or a mapping, whose
             table is fitted with the Hessian's diagonal as weights.
-        search: Of scales: `minmax` covers every weight; `mse` has the least squared error.
+        search: Of scales: `minmax` covers every weight; `mse` has the least squared error; `half-quadratic`
+            the least sum of a low power of the errors, which forgives outliers.
         act_order: Treat columns with large inputs first; not together with pruning.
         dense_targets: Fit to what the layer makes in the dense model, not to what it would make of the inputs
             that the layers before have changed; twice the time and memory of the runs over the data.

@@ -46,7 +46,8 @@ class QuantizeWeights(Pass):
         weight: Format of weights: `channel=0` means output channels, `group=n` groups along the inputs;
             `mapping=nf` (NF4), `tanh`, `sigmoid`, `mu-law`, `log2` or `codebook` for codes that are no even steps.
         activation: Format of the data of linear layers, dynamic; None for weights only.
-        search: Of scales: `minmax` covers every weight; `mse` has the least squared error.
+        search: Of scales: `minmax` covers every weight; `mse` has the least squared error; `half-quadratic`
+            the least sum of a low power of the errors, which forgives outliers.
         layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
         kinds: Kinds of layers to quantize (`linear`, `embedding`, `conv2d`); empty means all.

@@ -26,7 +26,7 @@ SMALLEST_SCALE = 2.0**-63
 # A bias takes at most half of the int32 range and leaves the other half to the products summed onto it.
 BIAS_LIMIT = 2**30
 
-Search = Literal["minmax", "mse"]
+Search = Literal["minmax", "mse", "half-quadratic"]
 
 
 def quantize(
@@ -46,7 +46,7 @@ def quantize(
     Source: ONNX QuantizeLinear-21.
     """
     check_shape(x, scale, axis, group_size)
-    blocks = _Blocks(x, axis, group_size)
+    blocks = Blocks(x, axis, group_size)
     codes = _divided(x, scale, blocks)
     blocks.split(codes).round_().add_(blocks.spread(zero_point))
     codes.clamp_(qmin, qmax)
@@ -71,7 +71,7 @@ def dequantize(
     Source: ONNX DequantizeLinear-21.
     """
     check_shape(codes, scale, axis, group_size)
-    blocks = _Blocks(codes, axis, group_size)
+    blocks = Blocks(codes, axis, group_size)
     values = codes.to(torch.float32, copy=True)
     view = blocks.split(values)
     view.sub_(blocks.spread(zero_point))
@@ -86,7 +86,7 @@ def divide(x: Tensor, scale: Tensor, axis: int | None, group_size: int | None) -
     Raises: FormatError if the scale's shape does not fit.
     """
     check_shape(x, scale, axis, group_size)
-    return _divided(x, scale, _Blocks(x, axis, group_size))
+    return _divided(x, scale, Blocks(x, axis, group_size))
 
 
 def fake_quantize(
@@ -100,7 +100,7 @@ def fake_quantize(
 ) -> Tensor:
     """Return dequantize(quantize(x)) in x's dtype, without the codes in between."""
     check_shape(x, scale, axis, group_size)
-    blocks = _Blocks(x, axis, group_size)
+    blocks = Blocks(x, axis, group_size)
     values = _divided(x, scale, blocks)
     view = blocks.split(values)
     # Clamping to bounds shifted by the zero point would save two passes, but clamps to tensors are slow.
@@ -158,6 +158,7 @@ def scale_for_tensor(
 
     `minmax` covers every value. `mse` also tries ranges shrunk in equal steps down to a fifth of that and
     keeps, for each scale separately, the one with the least squared error; it is never worse than `minmax`.
+    `half-quadratic` goes on from there to the least sum of a low power of the errors; see `half_quadratic`.
 
     Shapes: x [...]; results as `format.granularity.scale_shape(x.shape)`.
     Raises: InputError if x holds NaN or infinity.
@@ -174,10 +175,14 @@ def scale_for_tensor(
     scale, zero_point = scale_from_range(low, high, format)
     if search == "minmax":
         return scale, zero_point
-    if search != "mse":
-        raise InputError(f"no search is called {search!r}", expected="'minmax' or 'mse'")
+    if search not in ("mse", "half-quadratic"):
+        raise InputError(f"no search is called {search!r}", expected="'minmax', 'mse' or 'half-quadratic'")
     ranges = (scale_from_range(low * factor, high * factor, format) for factor in shrinks(steps))
     best, _ = least_error(ranges, lambda scale, zero_point: _squared_error(x, scale, zero_point, format))
+    if search == "half-quadratic":
+        from sqcompile.quantization.half_quadratic import half_quadratic
+
+        return half_quadratic(x, best[0], best[1], format)
     return best[0], best[1]
 
 
@@ -302,7 +307,7 @@ def dequantize_gradient(
     gradient: Tensor, codes: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None
 ) -> Tensor:
     """Return the gradient to the scale of `dequantize`: the sum of gradient * (codes - zero_point)."""
-    blocks = _Blocks(codes, axis, group_size)
+    blocks = Blocks(codes, axis, group_size)
     steps = codes.to(torch.float32, copy=True)
     blocks.split(steps).sub_(blocks.spread(zero_point))
     return reduce_blocks(steps.mul_(gradient), axis, group_size, torch.sum)
@@ -327,7 +332,7 @@ def fake_quantize_gradient(
     Source: Esser et al. 2020 (LSQ), eq. 3 and 5, without the gradient scale of its section 2.2;
     zero points as in Bhalgat et al. 2020 (LSQ+).
     """
-    blocks = _Blocks(x, axis, group_size)
+    blocks = Blocks(x, axis, group_size)
     view = blocks.split(_divided(x, scale, blocks))
     zero = blocks.spread(zero_point)
     low, high = qmin - zero, qmax - zero
@@ -337,7 +342,7 @@ def fake_quantize_gradient(
     return gradient * inside, to_scale
 
 
-class _Blocks:
+class Blocks:
     """How a tensor of x's shape and its scales are laid out to broadcast against each other.
 
     Decided once for each operation: asked twice about symbolic sizes, the answer could change in between.
@@ -375,7 +380,7 @@ class _Blocks:
         return wide.narrow(self.axis, 0, self.shape[self.axis])
 
 
-def _divided(x: Tensor, scale: Tensor, blocks: _Blocks) -> Tensor:
+def _divided(x: Tensor, scale: Tensor, blocks: Blocks) -> Tensor:
     """Return x / scale in float32, dense in memory in x's order of dimensions."""
     x = x.detach()
     if x.dtype != torch.float32:

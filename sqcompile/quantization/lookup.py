@@ -106,7 +106,7 @@ def fit(
     Args:
         weight: The tensor.
         format: Its format; the mapping is not linear.
-        search: Of scales.
+        search: Of scales; `half-quadratic` is for linear mappings, and means `mse` here.
         importance: Weight of each value's squared error, broadcast to `weight`: of the columns of a linear
             layer, the diagonal of its Hessian; None weighs all alike.
 
@@ -119,7 +119,7 @@ def fit(
     # As eight bits would have it: a table has their entries. Zero points are 0.
     widest, _ = affine.scale_for_tensor(weight, Format(granularity=format.granularity, narrow=True))
     mapping, scale = _choose(weight, widest, format, errors)
-    if search == "mse":
+    if search != "minmax":
         scale, error = _best_scale(weight, widest, mapping.table(format.bits), format, errors)
         if mapping != format.mapping:  # the table was chosen for other scales
             other, _ = _choose(weight, scale, format, errors)
