@@ -1,0 +1,277 @@
+"""Compressing a language model in bounded memory, and after crashes.
+
+    python benchmarks/bounded_memory.py [--folder F] [--layers 22] [--max-memory 4GB] [--json out.json]
+    python benchmarks/bounded_memory.py --kills 10 --small
+
+Writes a random Llama of 1.1 billion parameters (hidden 2048, intermediate 5632, 22 layers, 32 and 4 heads,
+32000 tokens) as a Hugging Face folder in bfloat16 shards if the folder has none, and rounds it to 4 bits with
+GPTQ, part by part, in a process of its own whose peak of resident memory the system reports. With `--kills`, the
+process is killed at random moments and started again until it is done, and the files are compared with those of a
+run that was left alone. `--small`: 12 layers of width 256 instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write_json
+from rich.console import Console
+from rich.table import Table
+
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4000,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sqcompile-bounded")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--max-memory")
+    parser.add_argument("--rows", type=int, default=8, help="rows of calibration tokens")
+    parser.add_argument("--context", type=int, default=256, help="tokens a row")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # the run itself, in its own process
+    options = parser.parse_args()
+    if options.work is not None:
+        print(json.dumps(compress(options)))
+        return
+    sizes = SMALL if options.small else LARGE
+    layers = options.layers or (12 if options.small else 22)
+    options.max_memory = options.max_memory or ("1.5GB" if options.small else "4GB")
+    options.folder = options.folder / f"{sizes['hidden_size']}x{layers}"
+    write_model(options.folder / "model", sizes, layers)
+    rows = [measure(options)]
+    if options.kills:
+        rows.append(measure_kills(options, rows[0]["seconds"]))
+    table = Table("run", "parameters", "parts", "seconds", "peak of memory", "files")
+    for row in rows:
+        table.add_row(
+            row["run"],
+            f"{row['parameters'] / 1e6:.0f} million",
+            str(row["parts"]),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB of {options.max_memory}",
+            row["files"],
+        )
+    Console(width=120).print(table)
+    write_json(options.json, "bounded_memory", rows, max_memory=options.max_memory)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compress once, undisturbed; what was done before is not used."""
+    work = options.folder / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    started = time.perf_counter()
+    result, peak = watched(command(options, work))
+    seconds = time.perf_counter() - started
+    return {"run": "undisturbed", "seconds": seconds, "files": digest(work), "peak_bytes": peak, **result}
+
+
+def watched(parts: list[str]) -> tuple[dict[str, Any], int]:
+    """Run a process to its end; return what it says, and the most resident memory that it ever had.
+
+    The system keeps the peak; it is read often, since the process starts it anew with each part.
+    """
+    child = subprocess.Popen(parts, stdout=subprocess.PIPE)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, peak_of(child.pid))
+        time.sleep(0.05)
+    assert child.stdout is not None
+    if child.returncode:
+        raise SystemExit(f"the run failed with {child.returncode}")
+    return json.loads(child.stdout.read()), peak
+
+
+def peak_of(process: int) -> int:
+    """Most resident memory of a process since it was started anew, in bytes; 0 if it has ended."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = [line.split() for line in text.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0][1]) * 1024 if found else 0
+
+
+def measure_kills(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Compress, killed at random moments of a run's usual time; each time go on from what is there."""
+    work = options.folder / "killed"
+    shutil.rmtree(work, ignore_errors=True)
+    chance = random.Random(options.seed)
+    started, kills, done = time.perf_counter(), 0, []
+    while kills < options.kills:
+        child = subprocess.Popen(command(options, work), stdout=subprocess.DEVNULL)
+        # Late enough that something is under way, early enough that it is not done after a few.
+        time.sleep(chance.uniform(0.1, 0.9) * seconds * (1 if kills % 2 else 0.5))
+        if child.poll() is not None:  # it was done: begin anew, to be killed as often as promised
+            shutil.rmtree(work)
+            continue
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
+        done.append(len(list(work.glob("part-*.json"))))
+    result, peak = watched(command(options, work))
+    same = digest(work) == digest(options.folder / "work")
+    print(f"parts that were done after each kill: {done}", file=sys.stderr)
+    files = f"{digest(work)}: {'identical' if same else 'DIFFERENT'} after {kills} kills"
+    return {
+        "run": "killed",
+        "seconds": time.perf_counter() - started,
+        "files": files,
+        "done": done,
+        "peak_bytes": peak,
+        **result,
+    }
+
+
+def command(options: argparse.Namespace, work: Path) -> list[str]:
+    """How a run is started in its own process."""
+    plain = ("folder", "max_memory", "rows", "context")
+    texts = [text for name in plain for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+    return [sys.executable, __file__, *texts, "--work", str(work)]
+
+
+def compress(options: argparse.Namespace) -> dict[str, Any]:
+    """Compress in this process, and say what it took."""
+    import logging
+    import warnings
+
+    import sqcompile
+    from sqcompile.passes import GPTQ, FoldQDQ, pipelines
+    from sqcompile.progress import BarProgress
+    from sqcompile.quantization.format import Format, PerGroup
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    weight = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
+    eight = (("kind:embedding", pipelines.INT8_WEIGHT), ("kind:head", pipelines.INT8_WEIGHT))
+    vocabulary = json.loads((options.folder / "model" / "config.json").read_text())["vocab_size"]
+    tokens = torch.randint(
+        0, vocabulary, (options.rows, options.context), generator=torch.Generator().manual_seed(0)
+    )
+    compiled = sqcompile.compile(
+        options.folder / "model",
+        [*pipelines.canonical(), GPTQ(weight=weight, formats=eight), FoldQDQ()],
+        calibration=[{"input_ids": row[None]} for row in tokens],
+        max_memory=options.max_memory,
+        work_dir=options.work,
+        backend="reference",
+        progress=BarProgress(),
+    )
+    assert isinstance(compiled, sqcompile.Compiled)
+    return {
+        "parameters": compiled.report.original.parameters,
+        "parts": len(list(options.work.glob("part-*.pt2"))),
+        "size_bytes": compiled.report.size.size_bytes,
+    }
+
+
+def digest(work: Path) -> str:
+    """A hash of all parts."""
+    total = hashlib.sha256()
+    for path in sorted(work.glob("part-*.pt2")):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def write_model(folder: Path, sizes: dict[str, int], layers: int) -> None:
+    """Write a random Llama, a shard a layer, if it is not there."""
+    if (folder / "config.json").is_file():
+        return
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    places = {}
+    for index, tensors in enumerate(shards(sizes, layers, generator)):
+        name = f"model-{index:05d}.safetensors"
+        write_shard(folder / name, tensors)
+        places |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=2048)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def shards(
+    sizes: dict[str, int], layers: int, generator: torch.Generator
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors of each shard."""
+    width, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    keys = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+
+    yield {"model.embed_tokens.weight": matrix(vocabulary, width)}
+    for index in range(layers):
+        shapes = {
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+        }
+        layer = {f"model.layers.{index}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            layer[f"model.layers.{index}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+        yield layer
+    yield {
+        "model.norm.weight": torch.ones(width, dtype=torch.bfloat16),
+        "lm_head.weight": matrix(vocabulary, width),
+    }
+
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file of bfloat16 tensors."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + 2 * tensor.numel()],
+        }
+        end += 2 * tensor.numel()
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+if __name__ == "__main__":
+    main()
