@@ -13,10 +13,12 @@ from rich.text import Text
 from sqcompile.metrics import Distance
 
 if TYPE_CHECKING:
+    from sqcompile.pipeline.manager import PassRecord
     from sqcompile.report import Report
 
 _MAX_REMARKS = 8
 _MAX_NAMES = 3
+_BAR = 40
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -29,6 +31,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_layers(report))
         for line in _choices(report):
             console.print(Text(line))
+    for record in report.passes:
+        if record.facts.get("frontier"):
+            console.print(_frontier(record))
     remarks = [remark for record in report.passes for remark in record.remarks]
     if remarks:
         lines = [f"  {remark}" for remark in remarks[:_MAX_REMARKS]]
@@ -148,6 +153,30 @@ def _passes(report: Report) -> Table:
             f"{record.seconds:.2f}",
             f"{record.check_seconds:.2f}",
             style="bold" if record is blamed else None,
+        )
+    return table
+
+
+def _frontier(record: PassRecord) -> Table:
+    """Return the best choices by size, with bars as long as the logarithm of what each is predicted to cost."""
+    facts = record.facts
+    chosen = {"bits": facts["bits"], "predicted": facts["predicted"]}
+    others = [point for point in facts["frontier"] if point != chosen]
+    points = sorted([*others, chosen], key=lambda point: point["bits"])
+    title = f"What each size costs (predicted {facts['measure']})"
+    table = Table("bits a weight", "predicted", "", title=title, title_justify="left", box=None)
+    losses = [point["predicted"] for point in points if point["predicted"] > 0]
+    low, high = (math.log(min(losses)), math.log(max(losses))) if losses else (0.0, 0.0)
+    for point in points:
+        part = (math.log(point["predicted"]) - low) / (high - low or 1.0) if point["predicted"] > 0 else 0.0
+        bar = "█" * (1 + round((_BAR - 1) * part))
+        mark = " ◀ chosen" if point is chosen else ""
+        _add_row(
+            table,
+            f"{point['bits']:.2f}",
+            f"{point['predicted']:.3g}",
+            bar + mark,
+            style="bold" if mark else None,
         )
     return table
 

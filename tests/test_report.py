@@ -235,6 +235,19 @@ class TestTexts:
         text = str(report())
         assert "Passes" not in text and "Layers" not in text and "sqcompile: Model" in text
 
+    def test_the_frontier_is_drawn(self) -> None:
+        points = [
+            {"bits": 3.0, "predicted": 0.1},
+            {"bits": 4.0, "predicted": 0.01},
+            {"bits": 9.0, "predicted": 0.0},
+        ]
+        facts = {"frontier": points, **points[1], "measure": "divergence"}
+        lines = str(report([record("mixed-precision{bits=4}", None, facts=facts)])).splitlines()
+        start = next(number for number, line in enumerate(lines) if "What each size costs" in line)
+        bars = {line.split()[0]: line.count("█") for line in lines[start + 2 : start + 5]}
+        assert bars == {"3.00": 40, "4.00": 1, "9.00": 1}
+        assert [line.split()[0] for line in lines if "◀ chosen" in line] == ["4.00"]
+
     def test_json(self) -> None:
         plain = json.loads(self.full().to_json())
         assert plain["worst_pass"].startswith("mask-weights") and plain["worst_layer"] == "blocks.[0]"
