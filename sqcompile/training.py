@@ -248,21 +248,25 @@ def _call(function: FunctionReference, module: Trainable, now: Round, seed: int,
         ):
             torch.manual_seed(seed)
             return train(*arguments)
-    except Error:
+    except Error as error:  # of a loss or of the module itself: what is missing is the user's line
+        error.where = ", ".join(filter(None, (error.where, _user_line(error, function))))
         raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        # The innermost line that is neither ours nor PyTorch's is the user's.
-        skipped = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(torch.__file__))
-        own = [frame for frame in frames if not frame.filename.startswith((*skipped, "<"))]
-        line = f"{own[-1].filename}:{own[-1].lineno}" if own else str(function)
         raise TrainingError(
             "The training function failed.",
-            where=f"{where}, {line}",
+            where=f"{where}, {_user_line(error, function)}",
             seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             expected="a function that trains the module that it is given",
             next_step="call it with sqcompile.training.Trainable(program) to debug it",
         ) from error
+
+
+def _user_line(error: Exception, function: FunctionReference) -> str:
+    """Return the innermost line of an error that is neither ours nor PyTorch's."""
+    skipped = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(torch.__file__))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*skipped, "<"))]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else str(function)
 
 
 def _takes_round(function: Callable[..., Any]) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sqcompile import Pass, PassContext, Program, trace
+from sqcompile.distillation import distill_logits, distill_states
 from sqcompile.errors import InputError, PassOptionError, TrainingError
+from sqcompile.hidden import HiddenStates
 from sqcompile.passes import ApplyMasks, FoldBatchNorm, MaskWeights
 from sqcompile.pipeline import PassManager, verify_program
 from sqcompile.training import Round, Trainable, check_function, train_program
@@ -215,6 +219,42 @@ def test_refuses(name: str) -> None:
         assert "test_training.py" in caught.value.where and "no data" in caught.value.seen
     if name in ("nan", "mask", "shape"):
         assert "@5." in caught.value.where
+
+
+def wider_teacher(module: nn.Module) -> None:
+    with torch.no_grad():
+        wanted = nn.Linear(3, 7)(module(IMAGES))
+    distill_logits(module(IMAGES), wanted).backward()
+
+
+def other_modules(module: nn.Module) -> None:
+    with HiddenStates(model(), ["0", "5"]) as teacher, HiddenStates(module, ["0"]) as student:
+        module(IMAGES)
+        distill_states(student, teacher)
+
+
+def other_images(module: nn.Module) -> None:
+    module(IMAGES[..., :3])
+
+
+STRANGERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "widths": (wider_teacher, "do not fit together"),
+    "modules": (other_modules, "states of the same modules"),
+    "inputs": (other_images, "wrong size"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_mismatch_names_the_line_of_the_training_function(name: str) -> None:
+    function, message = STRANGERS[name]
+    program = traced()
+    before = program.fingerprint()
+    with pytest.raises(InputError, match=message) as caught:
+        train_program(program, function)
+    lines, start = inspect.getsourcelines(function)
+    named = int(re.findall(r"test_training\.py:(\d+)", caught.value.where or "")[0])
+    assert start <= named < start + len(lines)
+    assert program.fingerprint() == before
 
 
 def test_refuses_a_program_with_nothing_to_train() -> None:
