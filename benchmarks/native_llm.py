@@ -10,7 +10,8 @@ matrices have one format, the head too. Files are kept in `--folder`, so that a 
 One round is, for each contender in turn, a prefill of a prompt into an empty cache, then tokens one by one.
 Ratios are medians of the rounds' ratios. *of limit* is bytes of weights read a token times tokens a second,
 over the read bandwidth that is measured beside it in each round; the embedding, of which a token reads one row,
-is left out. Peers that are not installed are left out.
+is left out. Peers that are not installed are left out. Memory of our own generation is measured beside it
+(`peak_memory.py`), and with it what the files come to in bits a weight, embedding and head included.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in options.only.split(";") if name] or [*OURS, *LLAMA, GENAI]
     contenders = list(_contenders(folder, options, wanted))
+    memory = [_memory(name, folder, options) for name in OURS if name in wanted]
     bandwidth = _measure(contenders, options)
-    _print(contenders, bandwidth, options)
+    _print(contenders, bandwidth, memory, options)
 
 
 def _contenders(folder: Path, options: argparse.Namespace, wanted: list[str]) -> Iterator[Contender]:
@@ -122,7 +124,7 @@ def _contenders(folder: Path, options: argparse.Namespace, wanted: list[str]) ->
     for name, (text, sparsity) in OURS.items():
         if name not in wanted:
             continue
-        path = folder / f"{text.partition(':')[0]}_{sparsity:.0%}.sqm"
+        path = _path(folder, name)
         if not path.exists():
             _build_native(dense(), path, text, sparsity)
         yield _native_contender(name, path, options)
@@ -427,7 +429,46 @@ def _read_bandwidth(memory: Any, pool: _native.ThreadPool) -> float:
     return float(memory.nbytes / min(times[1:]))
 
 
-def _print(contenders: list[Contender], bandwidth: list[float], options: argparse.Namespace) -> None:
+def _path(folder: Path, name: str) -> Path:
+    text, sparsity = OURS[name]
+    return folder / f"{text.partition(':')[0]}_{sparsity:.0%}.sqm"
+
+
+def _memory(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Return bytes of a file, its cache and the peak of generation, by `peak_memory.py` in a process of its own."""
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), str(_path(folder, name)), "--json"]
+    command += ["--prompt", str(options.prompt), "--tokens", str(options.tokens)]
+    done = subprocess.run(
+        [*command, "--threads", str(options.threads)], capture_output=True, text=True, check=True
+    )
+    layer = 2 * HIDDEN * HIDDEN * (1 + KV_HEADS / HEADS) + 3 * HIDDEN * INTERMEDIATE
+    weights = options.layers * layer + 2 * VOCABULARY * HIDDEN
+    found: dict[str, Any] = json.loads(done.stdout)
+    return {"contender": name, **found, "bits_a_weight": 8 * found["file_bytes"] / weights}
+
+
+def _memory_table(memory: list[dict[str, Any]]) -> Table:
+    table = Table("MiB", "file", "bits a weight", "cache", "peak", "beyond file and cache (at most 64)")
+    for row in memory:
+        sizes = {name: row[f"{name}_bytes"] / 2**20 for name in ("file", "cache", "peak", "beyond")}
+        table.add_row(
+            row["contender"],
+            f"{sizes['file']:.0f}",
+            f"{row['bits_a_weight']:.3f}",
+            f"{sizes['cache']:.1f}",
+            f"{sizes['peak']:.0f}",
+            f"{sizes['beyond']:.1f}",
+        )
+    return table
+
+
+def _print(
+    contenders: list[Contender],
+    bandwidth: list[float],
+    memory: list[dict[str, Any]],
+    options: argparse.Namespace,
+) -> None:
     by_name = {item.name: item for item in contenders}
     rows: list[dict[str, Any]] = []
     table = Table("", "read a token", "prefill tok/s", "decode tok/s", "of limit")
@@ -466,6 +507,8 @@ def _print(contenders: list[Contender], bandwidth: list[float], options: argpars
         )
         rows.append({"what": what, "faster": first, "than": second, "ratios": values, "target": target})
     console.print(ratios)
+    console.print(_memory_table(memory))
+    rows += memory
     versions = {
         name: getattr(importlib.import_module(name), "__version__", "?")
         for name in ("llama_cpp", "onnxruntime_genai", "onnxruntime")
