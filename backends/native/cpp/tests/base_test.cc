@@ -6,6 +6,7 @@
 
 #include "base/aligned_buffer.h"
 #include "base/thread_pool.h"
+#include "base/work_shares.h"
 #include "tests/test.h"
 
 using namespace sqc;
@@ -116,6 +117,53 @@ SQC_TEST(split_covers_every_item_once) {
       }
     }
   }
+}
+
+SQC_TEST(shares_cover_every_item_once) {
+  for (const int threads : {1, 2, 3, 5}) {
+    const auto pool = make_pool(threads);
+    for (const std::int64_t count : {0, 1, 2, 7, 64, 1001}) {
+      for (const std::int64_t unit : {1, 2, 4}) {
+        for (const std::int64_t least : {1, 5, 2000}) {
+          std::vector<int> runs(static_cast<std::size_t>(count));  // written without atomics: TSan watches
+          const auto mark = [&](int thread, Range part) {
+            SQC_CHECK(thread >= 0 && thread < threads && part.begin < part.end && part.end <= count);
+            SQC_CHECK(part.begin % unit == 0 && (part.end % unit == 0 || part.end == count));
+            for (std::int64_t i = part.begin; i < part.end; ++i) ++runs[static_cast<std::size_t>(i)];
+          };
+          SQC_CHECK(run_shared(*pool, count, unit, least, mark).is_ok());
+          for (const int times : runs) SQC_CHECK(times == 1);
+        }
+      }
+    }
+  }
+}
+
+SQC_TEST(who_is_done_takes_what_others_have_not_begun) {
+  const auto pool = make_pool(2);
+  constexpr std::int64_t kCount = 1024, kLeast = 8;
+  std::atomic<std::int64_t> done{0};
+  std::int64_t own[2] = {};
+  const auto work = [&](int thread, Range part) {
+    own[thread] += part.end - part.begin;
+    const std::int64_t all = done.fetch_add(part.end - part.begin) + part.end - part.begin;
+    // Thread 0 is held up in its first part until all the rest is done.
+    while (thread == 0 && all < kCount && done.load() < kCount) std::this_thread::yield();
+  };
+  SQC_CHECK(run_shared(*pool, kCount, 1, kLeast, work).is_ok());
+  SQC_CHECK(own[0] + own[1] == kCount);
+  SQC_CHECK(own[0] <= kCount / 4);  // half of its half
+}
+
+SQC_TEST(shares_by_cost_cover_every_item_once) {
+  const std::vector<std::uint64_t> before = {7, 7, 107, 108, 109, 110, 310, 311, 311};
+  const auto pool = make_pool(3);
+  std::vector<int> runs(before.size() - 1);
+  const auto mark = [&](int, Range part) {
+    for (std::int64_t i = part.begin; i < part.end; ++i) ++runs[static_cast<std::size_t>(i)];
+  };
+  SQC_CHECK(run_shared_by_cost(*pool, {before.data(), before.size()}, 1, 1, 1, mark).is_ok());
+  for (const int times : runs) SQC_CHECK(times == 1);
 }
 
 SQC_TEST(split_by_cost_balances_cost) {

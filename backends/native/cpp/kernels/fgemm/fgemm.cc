@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -82,9 +84,8 @@ Status fgemm(ThreadPool& pool, const Kernel<FgemmFunction>& kernel, const FgemmP
       kernel.run(part, 0, panels, floats + thread * scratch_floats);
     });
   }
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(panels, 4, threads, thread);
-    if (range.begin < range.end) kernel.run(p, range.begin, range.end, floats + thread * scratch_floats);
+  return run_shared(pool, panels, 4, 4, [&](int thread, Range part) {
+    kernel.run(p, part.begin, part.end, floats + thread * scratch_floats);
   });
 }
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -55,9 +57,9 @@ Status q4gemm(ThreadPool& pool, const Kernel<Q4gemmFunction>& kernel, const Q4ge
   if (p.m == 0 || p.n == 0) return Status::ok();
   const std::int64_t panels = (p.n + 15) / 16, unit = p.m > 4 ? 2 : 1;
   const std::int64_t scratch_bytes = q4gemm_scratch_bytes(p.m, p.k, p.group);
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(panels, unit, pool.threads(), thread);
-    if (range.begin < range.end) kernel.run(p, range.begin, range.end, scratch + thread * scratch_bytes);
+  const std::int64_t least = p.m > 4 ? unit : items_of_a_part(p.k * 2 * p.bits);
+  return run_shared(pool, panels, unit, least, [&](int thread, Range part) {
+    kernel.run(p, part.begin, part.end, scratch + thread * scratch_bytes);
   });
 }
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -41,12 +43,12 @@ Status q4sparse(ThreadPool& pool, const Kernel<Q4sparseFunction>& kernel, const 
   // Masks and scales: equal for all panels.
   const std::int64_t groups = group_count(p.k, p.group);
   const auto fixed_bytes = static_cast<std::uint64_t>(groups * (p.group * 2 + (p.b_scale_is_half ? 32 : 64)));
-  return pool.run([&](int thread) {
-    const Range range = p.m > 4 ? split_evenly(panels, 2, pool.threads(), thread)
-                                : split_by_cost({params.value_start, static_cast<std::size_t>(panels) + 1}, fixed_bytes,
-                                                1, pool.threads(), thread);
-    if (range.begin < range.end) kernel.run(params, range.begin, range.end, scratch + thread * scratch_bytes);
-  });
+  const auto run = [&](int thread, Range part) {
+    kernel.run(params, part.begin, part.end, scratch + thread * scratch_bytes);
+  };
+  if (p.m > 4) return run_shared(pool, panels, 2, 2, run);
+  return run_shared_by_cost(pool, {params.value_start, static_cast<std::size_t>(panels) + 1}, fixed_bytes, 1,
+                            items_of_a_part(p.k * 8), run);
 }
 
 std::int64_t q4sparse_mask_count(std::int64_t n, std::int64_t k, std::int64_t group) noexcept {

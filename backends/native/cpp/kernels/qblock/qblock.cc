@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -55,13 +57,12 @@ Status qblock(ThreadPool& pool, const Kernel<QblockFunction>& kernel, const Qblo
     const Range range = split_evenly(tiles, 1, pool.threads(), thread);
     if (range.begin < range.end) kernel.run(params, QblockPhase::interleave, range.begin, range.end, nullptr);
   }));
-  return pool.run([&](int thread) {
-    // A panel without blocks still takes the time of its outputs.
-    const Range range = split_by_cost({params.blocks_before, static_cast<std::size_t>(panels) + 1}, 8, 1,
-                                      pool.threads(), thread);
-    std::int32_t* own = sums + thread * kQblockSumCount;
-    if (range.begin < range.end) kernel.run(params, QblockPhase::multiply, range.begin, range.end, own);
-  });
+  // A panel without blocks still takes the time of its outputs.
+  return run_shared_by_cost(pool, {params.blocks_before, static_cast<std::size_t>(panels) + 1}, 8, 1, 1,
+                            [&](int thread, Range part) {
+                              kernel.run(params, QblockPhase::multiply, part.begin, part.end,
+                                         sums + thread * kQblockSumCount);
+                            });
 }
 
 std::int64_t qblock_start_count(std::int64_t n, std::int64_t k, std::int64_t block_outputs, std::int64_t chunk) noexcept {

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -41,10 +43,8 @@ Status qgemm(ThreadPool& pool, const Kernel<QgemmFunction>& kernel, const QgemmP
   if (p.m == 0 || p.n == 0) return Status::ok();
   // Four panels are a strip of the widest kernel.
   const std::int64_t panels = (p.n + 15) / 16, unit = p.m > 4 ? 4 : 1;
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(panels, unit, pool.threads(), thread);
-    if (range.begin < range.end) kernel.run(p, range.begin, range.end);
-  });
+  const std::int64_t least = p.m > 4 ? unit : items_of_a_part(p.k * 16);
+  return run_shared(pool, panels, unit, least, [&](int, Range part) { kernel.run(p, part.begin, part.end); });
 }
 
 std::int64_t qgemm_packed_bytes(std::int64_t n, std::int64_t k) noexcept {

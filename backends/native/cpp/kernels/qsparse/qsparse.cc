@@ -1,5 +1,7 @@
 #include "kernels/qsparse/qsparse.h"
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -27,13 +29,13 @@ Status qsparse(ThreadPool& pool, const Kernel<QsparseFunction>& kernel, const Qs
   if (p.m == 0 || p.n == 0) return Status::ok();
   const std::int64_t panels = (p.n + 15) / 16, tiles = (p.k + 3) / 4;
   const std::int64_t scratch_bytes = qsparse_scratch_bytes(p.m, p.k);
-  return pool.run([&](int thread) {
-    // A few rows take the time of reading; many take that of multiplying, which is the same for all.
-    const Range range = p.m > 4 ? split_evenly(panels, 4, pool.threads(), thread)
-                                : split_by_cost({params.value_start, static_cast<std::size_t>(panels) + 1},
-                                                static_cast<std::uint64_t>(tiles) * 8, 1, pool.threads(), thread);
-    if (range.begin < range.end) kernel.run(params, range.begin, range.end, scratch + thread * scratch_bytes);
-  });
+  const auto run = [&](int thread, Range part) {
+    kernel.run(params, part.begin, part.end, scratch + thread * scratch_bytes);
+  };
+  // A few rows take the time of reading; many take that of multiplying, which is the same for all.
+  if (p.m > 4) return run_shared(pool, panels, 4, 4, run);
+  return run_shared_by_cost(pool, {params.value_start, static_cast<std::size_t>(panels) + 1},
+                            static_cast<std::uint64_t>(tiles) * 8, 1, items_of_a_part(tiles * 32), run);
 }
 
 std::int64_t qsparse_mask_count(std::int64_t n, std::int64_t k) noexcept { return (n + 15) / 16 * ((k + 3) / 4); }
