@@ -1,48 +1,32 @@
 // Products of two computed float matrices.
 
+#include <cmath>
 #include <initializer_list>
 
+#include "base/work_shares.h"
+#include "engine/kernels.h"
 #include "engine/operators.h"
 #include "engine/ops/iterate.h"
+#include "engine/ops/quantized_rows.h"
 
 namespace sqc {
 namespace {
 
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLargest = std::int64_t{1} << 40;  // bytes of a matrix
+constexpr std::int64_t kSmall = 32768;  // multiplications that are done before another thread is awake
 
-// c[n] = a . b[n] for contiguous rows b[n]; sixteen partial sums, added in one order.
-float dot(const float* a, std::int64_t a_step, const float* b, std::int64_t k) noexcept {
-  float sums[kLanes] = {};
-  std::int64_t i = 0;
-  if (a_step == 1) {
-    for (; i + kLanes <= k; i += kLanes) {
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
-    }
-  }
-  for (; i < k; ++i) sums[i % kLanes] += a[i * a_step] * b[i];
-  for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
-}
+// Where things lie in a thread's scratch memory: b in panels of 16 columns, a in rows without gaps if it has none.
+struct Places {
+  std::int64_t a, bytes;
+};
 
-// One row of a product of matrices at any strides.
-void multiply_row(const float* a, std::int64_t a_step, const float* b, std::int64_t b_row, std::int64_t b_column,
-                  std::int64_t k, std::int64_t n, float* c) noexcept {
-  if (b_row == 1) {
-    for (std::int64_t j = 0; j < n; ++j) c[j] = dot(a, a_step, b + j * b_column, k);
-    return;
-  }
-  for (std::int64_t j = 0; j < n; ++j) c[j] = 0.0f;
-  for (std::int64_t i = 0; i < k; ++i) {
-    const float factor = a[i * a_step];
-    const float* row = b + i * b_row;
-    if (b_column == 1) {
-      for (std::int64_t j = 0; j < n; ++j) c[j] += factor * row[j];
-    } else {
-      for (std::int64_t j = 0; j < n; ++j) c[j] += factor * row[j * b_column];
-    }
-  }
+Places places_of(const Operands& c) noexcept {
+  const Tensor &a = c.in(0), &b = c.in(1);
+  const std::int64_t m = a.shape[a.rank - 2], k = a.shape[a.rank - 1], n = b.shape[b.rank - 1];
+  Places p = {};
+  p.a = round_up(fgemm_packed_bytes(n, k, FgemmType::f32), 64);
+  p.bytes = p.a + (a.stride[a.rank - 1] == 1 || k <= 1 ? 0 : round_up(m * k * 4, 64));
+  return p;
 }
 
 // The offset of matrix `index` of a batch, whose shape is `out`'s, in a tensor that is broadcast to it.
@@ -58,7 +42,8 @@ std::int64_t matrix_offset(const Tensor& tensor, const Tensor& out, std::int64_t
 
 }  // namespace
 
-// a [.., M, K] x b [.., K, N], batches broadcast.
+// a [.., M, K] x b [.., K, N], batches broadcast. Each sum is one chain of fma in ascending k, so that a row does
+// not depend on how many others there are.
 Status prepare_matmul(PrepareContext& c) noexcept {
   const Tensor &a = c.in(0), &b = c.in(1), &out = c.out();
   SQC_REQUIRE(a.dtype == DType::f32 && b.dtype == DType::f32 && out.dtype == DType::f32);
@@ -70,19 +55,69 @@ Status prepare_matmul(PrepareContext& c) noexcept {
       SQC_REQUIRE(tensor->shape[d] == 1 || tensor->shape[d] == out.shape[d + out.rank - tensor->rank]);
     }
   }
+  // What is packed is at most 16 times larger than b: its size cannot overflow.
+  SQC_REQUIRE(out.count() == 0 || (a.bytes() <= kLargest && b.bytes() <= kLargest));
+  if (out.count() > 0) c.need_scratch(places_of(c).bytes * c.threads);
   return Status::ok();
 }
 
 Status run_matmul(RunContext& c) noexcept {
   const Tensor &a = c.in(0), &b = c.in(1), &out = c.out();
-  const std::int64_t m = out.shape[out.rank - 2], n = out.shape[out.rank - 1], k = a.shape[a.rank - 1];
   if (out.count() == 0) return Status::ok();
-  return for_rows(c.pool, out.rows(), out.count() * k, [&](std::int64_t row) {
-    const std::int64_t batch = row / m;
-    multiply_row(a.as<float>() + matrix_offset(a, out, batch) + row % m * a.stride[a.rank - 2], a.stride[a.rank - 1],
-                 b.as<float>() + matrix_offset(b, out, batch), b.stride[b.rank - 2], b.stride[b.rank - 1], k, n,
-                 out.as<float>() + row * n);
-  });
+  FgemmParams p = {};
+  p.m = out.shape[out.rank - 2];
+  p.n = out.shape[out.rank - 1];
+  p.k = a.shape[a.rank - 1];
+  p.c_stride = p.n;
+  p.low = -INFINITY;
+  p.high = INFINITY;
+  const Places places = places_of(c);
+  const std::int64_t batches = out.rows() / p.m, panels = (p.n + 15) / 16;
+  const std::int64_t a_row = a.stride[a.rank - 2], a_column = a.stride[a.rank - 1];
+  const auto run = c.kernels.fgemm.run;
+  // Matrices that follow each other may have one b, which is packed once.
+  const auto batch = [&](std::int64_t index, std::int64_t* packed, std::uint8_t* scratch) {
+    FgemmParams part = p;
+    const std::int64_t b_offset = matrix_offset(b, out, index);
+    if (*packed != b_offset) {
+      (void)fgemm_pack(p.n, p.k, b.as<float>() + b_offset, b.stride[b.rank - 1], b.stride[b.rank - 2], FgemmType::f32, scratch);
+      *packed = b_offset;
+    }
+    part.b = scratch;
+    part.a = a.as<float>() + matrix_offset(a, out, index);
+    part.a_stride = a_row;
+    if (a_column != 1 && p.k > 1) {
+      auto* rows = reinterpret_cast<float*>(scratch + places.a);
+      for (std::int64_t row = 0; row < p.m; ++row) {
+        for (std::int64_t i = 0; i < p.k; ++i) rows[row * p.k + i] = part.a[row * a_row + i * a_column];
+      }
+      part.a = rows;
+      part.a_stride = p.k;
+    }
+    part.c = out.as<float>() + index * p.m * p.n;
+    return part;
+  };
+  const int threads = c.pool.threads();
+  const bool is_small = out.count() <= kSmall / (p.k > 0 ? p.k : 1);
+  if (!is_small && batches >= threads) {
+    return run_shared(c.pool, batches, 1, 1, [&](int thread, Range part) {
+      std::int64_t packed = -1;
+      std::uint8_t* scratch = c.scratch + thread * places.bytes;
+      for (std::int64_t i = part.begin; i < part.end; ++i) run(batch(i, &packed, scratch), 0, panels, nullptr);
+    });
+  }
+  std::int64_t packed = -1;
+  for (std::int64_t i = 0; i < batches; ++i) {
+    const FgemmParams part = batch(i, &packed, c.scratch);
+    if (is_small) {
+      run(part, 0, panels, nullptr);
+      continue;
+    }
+    SQC_RETURN_IF_ERROR(run_shared(c.pool, panels, 4, 4, [&](int, Range share) {
+      run(part, share.begin, share.end, nullptr);
+    }));
+  }
+  return Status::ok();
 }
 
 }  // namespace sqc
