@@ -28,6 +28,7 @@ NUMPY_DTYPES: dict[str, Any] = {
     "boolean": np.bool_,
     "f16": np.float16,
     "u64": np.uint64,
+    "bf16": np.uint16,  # the upper half of a float32; NumPy has no such type
 }
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items()}
 

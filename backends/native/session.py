@@ -66,7 +66,7 @@ class NativeSession(Session):
                 next_step="use smaller inputs, or compare with backend='reference'",
             ) from error
         return [
-            torch.from_numpy(next(results)) if value.is_tensor else value.constant
+            torch.from_numpy(next(results)).to(value.dtype) if value.is_tensor else value.constant
             for value in self.signature.outputs
         ]
 
@@ -177,7 +177,7 @@ class NativeSession(Session):
 
     def _arrays(self, inputs: Sequence[Any]) -> list[NDArray[Any]]:
         return [
-            item.detach().contiguous().numpy()
+            (item.float() if item.dtype is torch.bfloat16 else item).detach().contiguous().numpy()
             for item, value in zip(inputs, self.signature.inputs, strict=True)
             if value.is_tensor
         ]

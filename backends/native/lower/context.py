@@ -20,9 +20,11 @@ from sqcompile.operators.table import argument
 from sqcompile.program import Program
 from sqcompile.text import module_path, symbol_names
 
-# Element types that values of a plan have.
+# Element types that values of a plan have. What a program computes in bfloat16 is computed in float32, without
+# rounding in between; its large weights stay bfloat16.
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "f32",
+    torch.bfloat16: "f32",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int8: "i8",
@@ -189,6 +191,7 @@ class Lowering:
 
     def stored(self, tensor: torch.Tensor, layout: str = "plain") -> Value:
         """Return a tensor as a constant of the plan."""
+        tensor = tensor.float() if tensor.dtype is torch.bfloat16 else tensor
         return self.plan.add_constant(tensor.detach().contiguous().numpy(), layout)
 
     def number(self, number: Any, dtype: str) -> Value:
@@ -273,6 +276,11 @@ def tensor_of(node: fx.Node) -> torch.Tensor:
 def dtype_of(node: fx.Node) -> str:
     """Return the plan's name of a node's element type."""
     return DTYPES[tensor_of(node).dtype]
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether a node is a tensor of numbers that the engine computes in float32."""
+    return DTYPES.get(tensor_of(node).dtype) == "f32"
 
 
 def constant_nodes(program: Program) -> set[fx.Node]:

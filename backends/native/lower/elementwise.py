@@ -9,6 +9,7 @@ from sqcompile.backends.native.lower.context import (
     DTYPES,
     Lowering,
     dtype_of,
+    is_float,
     lowers,
     tensor_of,
 )
@@ -155,7 +156,7 @@ def _square(context: Lowering, node: fx.Node) -> Value:
     aten.pow.Tensor_Scalar,
     aten.pow.Tensor_Tensor,
     aten.pow.Scalar,
-    check=lambda node: None if tensor_of(node).dtype is torch.float32 else "powers of other than float32",
+    check=lambda node: None if is_float(node) else "powers of integers",
 )
 def _power(context: Lowering, node: fx.Node) -> Value:
     """Small powers as products and roots, as PyTorch computes them too."""

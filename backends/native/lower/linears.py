@@ -228,10 +228,11 @@ class FloatWeight:
 
 
 def pack_float(context: Lowering, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatWeight:
-    """Pack a weight [N, K] and a bias of N numbers, or of one for all."""
+    """Pack a weight [N, K] and a bias of N numbers, or of one for all; bfloat16 stays as it is."""
     n, k = weight.shape
-    packed = np.zeros(_native.fgemm_packed_bytes(n, k, False), np.uint8)
-    _native.fgemm_pack(np.ascontiguousarray(weight.detach().float().numpy()), False, packed)
+    halves = weight.dtype is torch.bfloat16
+    packed = np.zeros(_native.fgemm_packed_bytes(n, k, halves), np.uint8)
+    _native.fgemm_pack(np.ascontiguousarray(weight.detach().float().numpy()), halves, packed)
     padded = None
     if bias is not None:
         padded = np.zeros(-(-n // PANEL) * PANEL, np.float32)
@@ -239,7 +240,7 @@ def pack_float(context: Lowering, weight: torch.Tensor, bias: torch.Tensor | Non
     return FloatWeight(
         n,
         k,
-        context.plan.add_constant(packed.view(np.float32), "fgemm"),
+        context.plan.add_constant(packed.view(np.uint16 if halves else np.float32), "fgemm"),
         None if padded is None else context.plan.add_constant(padded, "panels"),
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from sqcompile.backends.native.lower.context import Lowering, tensor_of
+from sqcompile.backends.native.lower.context import Lowering, is_float, tensor_of
 from sqcompile.backends.native.plan import Value
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
@@ -67,7 +67,7 @@ class RmsNorm:
 
 def match_rms_norm(context: Lowering, node: fx.Node) -> RmsNorm | None:
     """Return the norm whose last node this is, or None."""
-    if node.target is not aten.mul.Tensor or tensor_of(node).dtype is not torch.float32:
+    if node.target is not aten.mul.Tensor or not is_float(node):
         return None
     for weight, scaled in (node.args[:2], node.args[1::-1]):
         if (
@@ -92,7 +92,7 @@ def _match_scaled(last: fx.Node, weight: fx.Node, scaled: fx.Node) -> RmsNorm | 
         while isinstance(item, fx.Node) and item.target in _CASTS:
             source = item.args[0]
             assert isinstance(source, fx.Node)
-            if tensor_of(source).dtype != tensor_of(item).dtype:
+            if tensor_of(source).dtype != tensor_of(item).dtype and not (is_float(source) and is_float(item)):
                 return item
             inner.append(item)
             item = source
@@ -127,7 +127,7 @@ def _match_scaled(last: fx.Node, weight: fx.Node, scaled: fx.Node) -> RmsNorm | 
         or tensor_of(x).shape != tensor_of(last).shape
     ):
         return None
-    if tensor_of(x).dtype is not torch.float32:
+    if not is_float(x):
         return None
     nodes = frozenset(inner)
     if any(user is not last and user not in nodes for item in nodes for user in item.users):

@@ -9,6 +9,7 @@ from torch import fx
 
 from sqcompile.backends.native.lower.context import (
     Lowering,
+    is_float,
     lowers,
     node_argument,
     tensor_of,
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 
 
 def _no_floats(node: fx.Node) -> str | None:
-    return None if tensor_of(node).dtype is torch.float32 else f"products of {tensor_of(node).dtype}"
+    return None if is_float(node) else f"products of {tensor_of(node).dtype}"
 
 
 @lowers(aten.linear.default, check=_no_floats)

@@ -11,6 +11,7 @@ from sqcompile.backends.native.lower.context import (
     Results,
     axis_argument,
     dtype_of,
+    is_float,
     lowers,
     node_argument,
     product,
@@ -108,7 +109,7 @@ def _back(context: Lowering, value: Value, axis: int) -> Value:
     aten.cumsum.default,
     check=lambda node: (
         None
-        if tensor_of(node).dtype in (torch.float32, torch.int64) and tensor_of(node).dim()
+        if DTYPES.get(tensor_of(node).dtype) in ("f32", "i64") and tensor_of(node).dim()
         else f"running sums of {tensor_of(node).dtype}"
     ),
 )
@@ -144,9 +145,8 @@ def _diff(context: Lowering, node: fx.Node) -> Value:
     aten.topk.default,
     check=lambda node: (
         None
-        if tensor_of(node_argument(node, 0)).dtype is torch.float32
-        and tensor_of(node_argument(node, 0)).dim()
-        else "the largest of other than float32"
+        if is_float(node_argument(node, 0)) and tensor_of(node_argument(node, 0)).dim()
+        else "the largest of integers"
     ),
 )
 def _top_k(context: Lowering, node: fx.Node) -> Results:
@@ -162,7 +162,7 @@ def _top_k(context: Lowering, node: fx.Node) -> Results:
 @lowers(
     aten.softmax.int,
     aten._softmax.default,
-    check=lambda node: None if tensor_of(node).dtype is torch.float32 else "softmax of other than float32",
+    check=lambda node: None if is_float(node) else "softmax of other than floats",
 )
 def _softmax(context: Lowering, node: fx.Node) -> Value:
     value = context.value(node.args[0], "f32")
@@ -175,7 +175,7 @@ def _softmax(context: Lowering, node: fx.Node) -> Value:
 
 @lowers(
     aten.layer_norm.default,
-    check=lambda node: None if tensor_of(node).dtype is torch.float32 else "norms of other than float32",
+    check=lambda node: None if is_float(node) else "norms of other than floats",
 )
 def _layer_norm(context: Lowering, node: fx.Node) -> Value:
     value = context.value(node.args[0])

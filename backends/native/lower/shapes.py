@@ -247,6 +247,11 @@ def _embedding(context: Lowering, node: fx.Node) -> Value:
     rows = embedding_of_codes(context, node, indices)
     if rows is not None:
         return rows
+    table = context.constant(node.args[0])
+    if table is not None and table.dtype is torch.bfloat16:
+        halves = context.plan.add_constant(table.detach().contiguous().view(torch.uint16).numpy())
+        rows = context.step("index", [halves, indices], "bf16", context.shape(node), (0,))
+        return context.cast(rows, "f32")
     return context.step(
         "index", [context.value(node.args[0]), indices], dtype_of(node), context.shape(node), (0,)
     )

@@ -230,6 +230,9 @@ class Reader {
   Status ports(Span<const format::Port> ports, const char* what) noexcept {
     for (const format::Port& port : ports) {
       if (port.value >= plan_.values.size()) return damaged("an %s refers to a value that does not exist", what);
+      if (plan_.values[port.value].dtype > static_cast<std::uint8_t>(DType::boolean)) {
+        return damaged("an %s has a type that no caller knows", what);
+      }
       SQC_RETURN_IF_ERROR(name(port.name_offset, port.name_bytes));
     }
     return Status::ok();

@@ -13,14 +13,15 @@ constexpr int kMaxRank = format::kMaxRank;
 
 // Element types, with the numbers they have in files: (name, number, bytes).
 #define SQC_DTYPES(X) \
-  X(f32, 0, 4) X(i64, 1, 8) X(i32, 2, 4) X(i8, 3, 1) X(u8, 4, 1) X(boolean, 5, 1) X(f16, 6, 2) X(u64, 7, 8)
+  X(f32, 0, 4) X(i64, 1, 8) X(i32, 2, 4) X(i8, 3, 1) X(u8, 4, 1) X(boolean, 5, 1) X(f16, 6, 2) X(u64, 7, 8) \
+  X(bf16, 8, 2)
 
 enum class DType : std::uint8_t {
 #define SQC_DECLARE_DTYPE(name, number, bytes) name = number,
   SQC_DTYPES(SQC_DECLARE_DTYPE)
 #undef SQC_DECLARE_DTYPE
 };
-constexpr std::uint8_t kDTypeCount = 8;
+constexpr std::uint8_t kDTypeCount = 9;
 
 constexpr std::int64_t dtype_bytes(DType dtype) noexcept {
   switch (dtype) {

@@ -261,6 +261,16 @@ struct Convert {
   static Out apply(In x) noexcept { return convert<In, Out>(x); }
 };
 
+// A bfloat16 is the upper half of a float.
+struct Widen {
+  static float apply(std::uint16_t x) noexcept {
+    const std::uint32_t word = std::uint32_t{x} << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
+};
+
 template <typename In>
 Status cast_from(RunContext& c) noexcept {
   switch (c.out().dtype) {
@@ -322,6 +332,10 @@ Status prepare_logical_not(PrepareContext& c) noexcept {
 
 Status prepare_cast(PrepareContext& c) noexcept {
   SQC_REQUIRE(c.in(0).same_shape(c.out()));
+  if (c.in(0).dtype == DType::bf16) {
+    SQC_REQUIRE(c.out().dtype == DType::f32);
+    return Status::ok();
+  }
   SQC_REQUIRE(c.in(0).dtype < DType::f16 && c.out().dtype < DType::f16);
   return Status::ok();
 }
@@ -398,6 +412,7 @@ Status run_cast(RunContext& c) noexcept {
     case DType::i32: return cast_from<std::int32_t>(c);
     case DType::i8: return cast_from<std::int8_t>(c);
     case DType::u8: return cast_from<std::uint8_t>(c);
+    case DType::bf16: return unary<Widen, std::uint16_t, float>(c);
     default: return cast_from_boolean(c);
   }
 }

@@ -279,6 +279,10 @@ Status run_linear_q8_block(RunContext& c) noexcept {
 
 namespace {
 
+FgemmType float_type(const Tensor& weight) noexcept {
+  return weight.dtype == DType::bf16 ? FgemmType::bf16 : FgemmType::f32;
+}
+
 Status check_float(const WeightArrays& w) noexcept {
   std::int64_t n = 0, k = 0;
   SQC_RETURN_IF_ERROR(w.integer(0, &n));
@@ -286,7 +290,8 @@ Status check_float(const WeightArrays& w) noexcept {
   constexpr std::int64_t limit = std::int64_t{1} << 31;
   if (n < 0 || k < 0 || n > limit || k > limit) return wrong_weights("sizes");
   const std::int64_t outputs = round_up(n, 16);
-  if (!w.is(1, DType::f32, Layout::fgemm, outputs * k) || !w.optional(2, DType::f32, Layout::panels, outputs)) {
+  if ((!w.is(1, DType::f32, Layout::fgemm, outputs * k) && !w.is(1, DType::bf16, Layout::fgemm, outputs * k)) ||
+      !w.optional(2, DType::f32, Layout::panels, outputs)) {
     return wrong_weights("arrays");
   }
   return Status::ok();
@@ -294,12 +299,12 @@ Status check_float(const WeightArrays& w) noexcept {
 
 }  // namespace
 
-// Inputs: x [.., k], the packed weight, and bias if there is one. ints: n, k. floats: the lowest and highest
+// Inputs: x [.., k], the packed weight f32 or bf16, and bias if there is one. ints: n, k. floats: the lowest and highest
 // result. Output [.., n].
 Status prepare_linear(PrepareContext& c) noexcept {
   SQC_REQUIRE(c.in(0).dtype == DType::f32 && c.in(0).rank >= 1 && c.in(0).columns() == c.integer(1));
   SQC_RETURN_IF_ERROR(check_product(c, c.integer(1)));
-  c.need_scratch(fgemm_scratch_bytes(c.in(0).rows(), FgemmType::f32) * c.threads);
+  c.need_scratch(fgemm_scratch_bytes(c.in(0).rows(), float_type(c.in(1))) * c.threads);
   return Status::ok();
 }
 
@@ -310,7 +315,7 @@ Status run_linear(RunContext& c) noexcept {
   p.k = c.integer(1);
   p.a = c.in(0).as<float>();
   p.a_stride = p.k;
-  p.b_type = FgemmType::f32;
+  p.b_type = float_type(c.in(1));
   p.b = c.in(1).data;
   p.bias = c.has(2) ? c.in(2).as<float>() : nullptr;
   p.c = c.out().as<float>();
