@@ -1,14 +1,20 @@
 """What a short distillation wins back of a language model that was compressed in one shot.
 
-    python benchmarks/recovery.py [--only half,most,narrow] [--steps 150] [--json out.json]
+    python benchmarks/recovery.py [--only dense,half,most,narrow,blocks] [--steps 300] [--json out.json]
 
 The model is pycode-llama-5m (perplexity on modules that it never saw); the text to distil on is Python's own
 standard library without those modules. The training function is plain PyTorch: it brings the logits near
-those of the dense model (`--labels` mixes in the text's own next tokens). Only one thread of the CPU is used.
+those of the dense model, and learns the text's own next tokens (`--labels 0` leaves them out). Only one thread of
+the CPU is used.
 
 - `half`, `most`: 50 % and 70 % of the weights pruned (SparseGPT), distilled with the masks held, then 4 bits
   (GPTQ); beside the dense model in one shot at 3 and at 2 bits (GPTQ), which take about as many bytes.
 - `narrow`: a quarter of the FFN's neurons and of the attention heads removed with compensation, then distilled.
+- `blocks`: half of the weights pruned by size, then each block distilled alone, without labels, on 64 rows.
+
+`writes Python`: each model goes on from the first lines of the functions of the modules that it never saw, 64 tokens
+each, always the likeliest; the share of texts that Python can parse as far as they go,
+without a last line that is not whole.
 
 Bytes are those of the stored linear layers, without embedding and head: scales, zero points, and codes; where weights
 were pruned the codes of those that are left, and one bit a weight that says which. The file of the native engine,
@@ -18,6 +24,8 @@ beside them, holds the whole model, and stores what it runs fastest, not what is
 from __future__ import annotations
 
 import argparse
+import ast
+import codeop
 import logging
 import random
 import sys
@@ -34,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import sqcompile
@@ -43,8 +52,10 @@ from sqcompile.models import load_model
 from sqcompile.passes import (
     GPTQ,
     ApplyMasks,
+    DistillBlocks,
     FineTune,
     FoldQDQ,
+    MaskWeights,
     RemoveHeads,
     RemoveNeurons,
     SparseGPT,
@@ -54,7 +65,7 @@ from sqcompile.quantization.format import Format, PerGroup
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
-from train_pycode_llama import encode, read_sources  # noqa: E402
+from train_pycode_llama import BOS, EOS, encode, read_sources  # noqa: E402
 
 FOLDER = EXAMPLES / "pycode_llama_5m"
 CONTEXT, BATCH = 256, 8
@@ -65,12 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="half,most,narrow", help="names of jobs, separated by commas")
-    parser.add_argument("--steps", type=int, default=150, help=f"of {BATCH} rows of {CONTEXT} tokens")
+    parser.add_argument(
+        "--only", default="dense,half,most,narrow,blocks", help="names of jobs, separated by commas"
+    )
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} rows of {CONTEXT} tokens")
     parser.add_argument(
         "--labels",
         type=float,
-        default=0.0,
+        default=0.5,
         help="share of the text itself in the loss, 0 to 1; the rest is the teacher's",
     )
     parser.add_argument("--rate", type=float, default=5e-4, help="highest learning rate")
@@ -94,11 +107,14 @@ def main() -> None:
             print(f"{name}: {title} …", file=sys.stderr, flush=True)
             rows.append({"job": name, "way": title, **measure(passes(train), train, stored)})
             print(f"  {rows[-1]}", file=sys.stderr, flush=True)
-    table = Table("job", "way", "perplexity", "bytes of layers", "native file", "training, CPU s")
+    table = Table(
+        *("job", "way", "perplexity", "bytes of layers", "native file", "writes Python", "training, CPU s")
+    )
     for row in rows:
         trained = f"{row['training_cpu_s']:.0f}" if row["training_cpu_s"] else ""
         sizes = (f"{row['layer_bytes']:,}", f"{row['file_bytes']:,}")
-        table.add_row(row["job"], row["way"], f"{row['perplexity']:.3f}", *sizes, trained)
+        parses = f"{row['parses']:.0%} of {row['texts']}"
+        table.add_row(row["job"], row["way"], f"{row['perplexity']:.3f}", *sizes, parses, trained)
     console = Console(width=130)
     console.print(table)
     for row in rows:
@@ -106,6 +122,9 @@ def main() -> None:
             console.print(
                 f"{row['job']}, {row['way']}: perplexity of 40 rows before and while training: {row['curve']}"
             )
+    for row in rows:
+        console.rule(f"{row['job']}, {row['way']}")
+        console.print(row["sample"], markup=False, highlight=False)
     write_json(options.json, "recovery", rows, steps=options.steps, rate=options.rate, labels=options.labels)
 
 
@@ -173,8 +192,8 @@ class Distillation:
 def all_jobs() -> dict[str, dict[str, Any]]:
     """Return by job the ways to do it, each a function of the training function."""
     return {
+        "dense": {"dense": lambda train: []},
         "half": {
-            "dense": lambda train: [],
             "dense, 3 bits in one shot": lambda train: rounded(3),
             "50 % zeros, 4 bits, in one shot": lambda train: pruned(0.5, None),
             "50 % zeros, distilled, 4 bits": lambda train: pruned(0.5, train),
@@ -187,6 +206,10 @@ def all_jobs() -> dict[str, dict[str, Any]]:
         "narrow": {
             "25 % of neurons and heads removed": lambda train: narrowed(None),
             "25 % of neurons and heads removed, distilled": narrowed,
+        },
+        "blocks": {
+            "50 % zeros by size, in one shot": lambda train: [by_size()],
+            "50 % zeros by size, blocks distilled": lambda train: [by_size(), DistillBlocks()],
         },
     }
 
@@ -210,6 +233,10 @@ def pruned(sparsity: float, train: Distillation | None) -> Passes:
     ]
 
 
+def by_size() -> sqcompile.Pass:
+    return MaskWeights(sparsity=0.5, exclude=("kind:embedding", "kind:head"))
+
+
 def narrowed(train: Distillation | None) -> Passes:
     return [
         RemoveHeads(ratio=0.25, compensate=True),
@@ -224,6 +251,7 @@ def measure(passes: Passes, train: Distillation, stored: dict[str, Tensor]) -> d
         FOLDER,
         passes=passes,
         calibration=[{"input_ids": rows} for rows in stored["calib"][:64].split(8)],
+        dynamic_shapes={"input_ids": {0: Dim("batch"), 1: Dim("sequence", max=512)}},
         backend="native",
     )
     assert isinstance(compiled, sqcompile.Compiled)
@@ -234,7 +262,40 @@ def measure(passes: Passes, train: Distillation, stored: dict[str, Tensor]) -> d
         "file_bytes": compiled.report.file_bytes,
         "training_cpu_s": train.seconds,
         "curve": list(train.curve),
+        **written(compiled),
     }
+
+
+def written(compiled: sqcompile.Compiled, tokens: int = 64) -> dict[str, Any]:
+    """Let a model write functions; return how many it began, the share that parses, and one of them."""
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    texts = []
+    for start in signatures():
+        ids = [BOS, *tokenizer.encode(start).ids]
+        row = compiled.generate([ids], tokens, eos_token_id=EOS)[0]
+        texts.append(tokenizer.decode(list(row)))
+    return {"texts": len(texts), "parses": sum(map(parses, texts)) / len(texts), "sample": texts[0]}
+
+
+def signatures() -> list[str]:
+    """Return the first lines of functions of the modules that the model never saw, and the next one's indentation."""
+    found = []
+    for text in read_sources()[1]:
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and not node.decorator_list:
+                line = text.splitlines()[node.lineno - 1]
+                if line.endswith(":"):
+                    found.append(f"{line}\n   ")  # tokens of words begin with the last space before them
+    return found
+
+
+def parses(text: str) -> bool:
+    """Whether the whole lines of a text are Python, or the beginning of some."""
+    try:
+        codeop.compile_command(text[: text.rfind("\n") + 1], symbol="exec")
+    except (SyntaxError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def saved_bytes(program: sqcompile.Program) -> int:
