@@ -8,9 +8,11 @@ the program's shapes, and what is read back from the folder computes the program
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sqcompile.files import atomic_folder
 from sqcompile.levels import Level
 from sqcompile.matching import is_mask
 from sqcompile.models import without_progress_bars
+from sqcompile.packed_weights import PackedWeight, quantization_config, readable, unpacked
 from sqcompile.program import Program
 from sqcompile.saving import copy_companions
 
@@ -101,7 +104,8 @@ def save_pretrained(
     """Write a program as a folder of Hugging Face: weights, configuration, and what else the source folder has.
 
     Args:
-        program: The program; float, and without masks.
+        program: The program, without masks; float, or with quantized weights, which are then written in the
+            convention of compressed-tensors.
         original: The same as it was traced.
         pretrained: What it was traced from.
         path: The folder.
@@ -114,15 +118,33 @@ def save_pretrained(
         PretrainedError: If the class cannot hold the program; the text names the layer.
         FileError: If the folder cannot be written.
     """
-    _require_plain(program)
+    _require_applied(program)
+    plain, packed = program, list[PackedWeight]()
+    if program.level is not Level.ATEN:
+        plain, packed = unpacked(program, pretrained.state)
+        _require_reader()
     before = _shapes(original, pretrained)
-    blocks = _Blocks(before, _shapes(program, pretrained))
+    blocks = _Blocks(before, _shapes(plain, pretrained))
     _require_one_width(before, blocks)
     wanted = {blocks.names.get(name, name): shape for name, shape in blocks.after.items()}
     config = _fitting_config(pretrained, original, before, blocks, wanted)
-    model = _filled(pretrained, config, program, blocks)
+    model: Any = _filled(pretrained, config, plain, blocks)
+    # Tied tensors stay as they are: the class would tie codes of one to floats of the other.
+    alone = {
+        name for name, count in Counter(map(_identity, model.state_dict().values())).items() if count == 1
+    }
+    state, kept = dict(model.state_dict()), list[PackedWeight]()
+    for weight in readable(packed):
+        weight = replace(weight, name=blocks.names.get(weight.name, weight.name))
+        if _identity(state[weight.name]) in alone:
+            del state[weight.name]
+            state |= weight.tensors()
+            kept.append(weight)
     with atomic_folder(path) as folder, without_progress_bars():
-        model.save_pretrained(folder)  # type: ignore[operator]
+        if kept:
+            layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            model.config.quantization_config = quantization_config(kept, layers)
+        model.save_pretrained(folder, state_dict=state)
         if pretrained.folder is not None:
             copy_companions(pretrained.folder, folder, leave=("config.json",))
         _require_equal(pretrained, folder, program, batch)
@@ -144,17 +166,27 @@ def refuse_others(model: str) -> PretrainedError:
 # --- what has changed ----------------------------------------------------------------------------------
 
 
-def _require_plain(program: Program) -> None:
+def _require_applied(program: Program) -> None:
     masks = [node for node in program.compute_nodes() if is_mask(node)]
-    if program.level is Level.ATEN and not masks:
-        return
-    raise PretrainedError(
-        "A Hugging Face folder holds plain float weights.",
-        where=f"node %{masks[0].name}" if masks else "program",
-        seen=f"{len(masks)} masks" if masks else f"level {program.level.name}",
-        expected="a float program whose masks are applied",
-        next_step="run apply-masks before" if masks else "save before quantizing, or save a .pt2 file",
-    )
+    if masks:
+        raise PretrainedError(
+            "A Hugging Face folder holds weights without masks.",
+            where=f"node %{masks[0].name}",
+            seen=f"{len(masks)} masks",
+            expected="a program whose masks are applied",
+            next_step="run apply-masks before",
+        )
+
+
+def _require_reader() -> None:
+    """Check that what is written can be read back."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise PretrainedError(
+            "Quantized weights are read back by the compressed-tensors package, and it is not installed.",
+            where="save_pretrained",
+            seen="a program with quantized weights",
+            next_step="pip install compressed-tensors",
+        )
 
 
 def _shapes(program: Program, pretrained: Pretrained) -> dict[str, tuple[int, ...]]:

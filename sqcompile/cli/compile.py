@@ -47,7 +47,8 @@ def compile_model(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="Write a Hugging Face folder that `from_pretrained` reads, of a model that only got smaller.",
+            help="Write a Hugging Face folder that `from_pretrained` reads; quantized weights are packed as "
+            "compressed-tensors does.",
         ),
     ] = None,
     backend: options.Backend = None,
