@@ -109,10 +109,12 @@ class Compiled:
         return save_compiled(self, Path(path))
 
     def save_pretrained(self, path: str | Path) -> list[Path]:
-        """Write the compiled program as a Hugging Face folder, for a model of transformers that only got smaller.
+        """Write the compiled program as a Hugging Face folder, for a model of transformers.
 
         The configuration gets the new numbers of layers, heads and neurons, so that `from_pretrained` reads the
-        folder. It is read back, and has to compute what the program does.
+        folder. Quantized weights of linear layers are packed in the convention of compressed-tensors (2, 4 or 8
+        bits, a scale a channel or group; where one has a zero point, all of one format, and the others float);
+        embeddings and tied weights are float. It is read back, and has to compute what the program does.
 
         Args:
             path: The folder.
@@ -121,8 +123,8 @@ class Compiled:
             The files that were written.
 
         Raises:
-            PretrainedError: If the class cannot hold the program, as when layers have not lost alike; the text
-                names the layer. A `.pt2` file can (`save`).
+            PretrainedError: If the class cannot hold the program, as when layers have not lost alike, or the
+                convention has not a weight's format; the text names the layer. A `.pt2` file can (`save`).
             FileError: If it cannot be written.
         """
         if self._pretrained is None:
