@@ -5,7 +5,8 @@
 
 Writes a random Llama of 1.1 billion parameters (hidden 2048, intermediate 5632, 22 layers, 32 and 4 heads,
 32000 tokens) as a Hugging Face folder in bfloat16 shards if the folder has none, and rounds it to 4 bits with
-GPTQ, part by part, in a process of its own whose peak of resident memory the system reports. With `--kills`, the
+GPTQ, part by part, in a process of its own whose peak of resident memory the system reports; with `--method wanda`
+it zeros half of the weights and rounds to nearest, which takes a tenth of the time. With `--kills`, the
 process is killed at random moments and started again until it is done, and the files are compared with those of a
 run that was left alone. `--small`: 12 layers of width 256 instead.
 """
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--max-memory")
+    parser.add_argument("--method", choices=("gptq", "wanda"), default="gptq")
     parser.add_argument("--rows", type=int, default=8, help="rows of calibration tokens")
     parser.add_argument("--context", type=int, default=256, help="tokens a row")
     parser.add_argument("--kills", type=int, default=0)
@@ -158,7 +160,7 @@ def measure_kills(options: argparse.Namespace, seconds: float) -> dict[str, Any]
 
 def command(options: argparse.Namespace, work: Path) -> list[str]:
     """How a run is started in its own process."""
-    plain = ("folder", "max_memory", "rows", "context")
+    plain = ("folder", "max_memory", "method", "rows", "context")
     texts = [text for name in plain for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     return [sys.executable, __file__, *texts, "--work", str(work)]
 
@@ -169,7 +171,7 @@ def compress(options: argparse.Namespace) -> dict[str, Any]:
     import warnings
 
     import sqcompile
-    from sqcompile.passes import GPTQ, FoldQDQ, pipelines
+    from sqcompile.passes import GPTQ, ApplyMasks, FoldQDQ, QuantizeWeights, Wanda, pipelines
     from sqcompile.progress import BarProgress
     from sqcompile.quantization.format import Format, PerGroup
 
@@ -177,13 +179,21 @@ def compress(options: argparse.Namespace) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     weight = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
     eight = (("kind:embedding", pipelines.INT8_WEIGHT), ("kind:head", pipelines.INT8_WEIGHT))
+    methods: dict[str, list[sqcompile.Pass]] = {
+        "gptq": [GPTQ(weight=weight, formats=eight)],
+        "wanda": [
+            Wanda(sparsity=0.5, exclude=("lm_head",)),
+            ApplyMasks(),
+            QuantizeWeights(weight=weight, formats=eight),
+        ],
+    }
     vocabulary = json.loads((options.folder / "model" / "config.json").read_text())["vocab_size"]
     tokens = torch.randint(
         0, vocabulary, (options.rows, options.context), generator=torch.Generator().manual_seed(0)
     )
     compiled = sqcompile.compile(
         options.folder / "model",
-        [*pipelines.canonical(), GPTQ(weight=weight, formats=eight), FoldQDQ()],
+        [*pipelines.canonical(), *methods[options.method], FoldQDQ()],
         calibration=[{"input_ids": row[None]} for row in tokens],
         max_memory=options.max_memory,
         work_dir=options.work,

@@ -26,6 +26,7 @@ from sqcompile.passes.prune import (
 from sqcompile.passes.quantize import (
     AWQ,
     GPTQ,
+    AdaRound,
     Calibrate,
     CorrectBias,
     EqualizeLayers,
@@ -49,6 +50,7 @@ from sqcompile.passes.train import (
 __all__ = [
     "AWQ",
     "GPTQ",
+    "AdaRound",
     "ApplyMasks",
     "Calibrate",
     "CanonicalizeActivations",

@@ -1,5 +1,6 @@
 """Passes that turn floating-point programs into integer ones."""
 
+from sqcompile.passes.quantize.ada_round import AdaRound
 from sqcompile.passes.quantize.awq import AWQ
 from sqcompile.passes.quantize.calibrate import Calibrate
 from sqcompile.passes.quantize.correct_bias import CorrectBias
@@ -16,6 +17,7 @@ from sqcompile.passes.quantize.smooth_quant import SmoothQuant
 __all__ = [
     "AWQ",
     "GPTQ",
+    "AdaRound",
     "Calibrate",
     "CorrectBias",
     "EqualizeLayers",

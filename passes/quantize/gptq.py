@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor, fx
-
-from sqcompile.layers import Layer, layers_of, select_layers, stored_weight
+from sqcompile.layers import Layer
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerGroup
-from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
-from sqcompile.quantization.stored import (
-    fit_decoding,
-    forget_unused_promises,
-    promised,
-    store_weight,
-    weight_tensor,
-)
+from sqcompile.quantization.scheme import Override
+from sqcompile.quantization.stored import forget_unused_promises, promised, weight_tensor
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian
-from sqcompile.second_order.layers import obstacle, visit_layers
+from sqcompile.second_order.round_layers import Choice, round_layers
 from sqcompile.second_order.rounding import Rounded, grid_obstacle, round_weight
 from sqcompile.sparsity import Pattern
 
@@ -102,52 +93,19 @@ class GPTQ(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose formats, sweep the layers in order, and store their codes."""
-        where = f"pass {self.name}"
-        sites = [site for site in sites_of(program) if site.layer is not None]
-        selected = {site.node for site in select_layers(sites, self.layers, self.exclude, where=where)}
-        choices = choose_formats(sites, self.weight, self.formats, where=where)
-        formats: dict[fx.Node, Format] = {}
-        swept: list[Layer] = []
-        for layer in layers_of(program):
-            choice = choices[layer.node]
-            if layer.node not in selected or choice is None:
-                continue
-            tensor = weight_tensor(program, layer)
-            if tensor.dtype != torch.float32:
-                context.remark(layer.node, f"stays in floating point: its weight is {tensor.dtype}")
-                continue
-            formats[layer.node], reason = weight_format(layer, choice, tuple(tensor.shape))
-            reason = obstacle(program, layer) or grid_obstacle(formats[layer.node]) or reason
-            if reason is not None:
-                context.remark(layer.node, reason)
-            if obstacle(program, layer) is None and grid_obstacle(formats[layer.node]) is None:
-                swept.append(layer)
-        results: dict[fx.Node, Rounded] = {}
-
-        def visit(layer: Layer, hessian: Hessian) -> Tensor:
-            result = self._round(program, layer, formats[layer.node], hessian, context)
-            results[layer.node] = result
-            return result.weight
-
-        visit_layers(
-            program,
-            swept,
-            visit,
-            context,
-            max_bytes=self.max_bytes,
-            purpose="quantizing layers",
-            with_dense=self.dense_targets,
-        )
         edit = Rewriter(program, self.name)
-        stored: dict[tuple[fx.Node, Format], fx.Node] = {}
-        for layer in layers_of(program):
-            if layer.node in formats:
-                _store(edit, layer, formats[layer.node], results.get(layer.node), stored, self.search)
-        if not edit.changes:
-            context.remark("program", "has no layer to quantize")
+        swept = round_layers(
+            edit,
+            context,
+            Choice(self.weight, self.formats, self.search, self.layers, self.exclude, grid_obstacle),
+            lambda layer, hessian, format: self._round(program, layer, format, hessian, context),
+            max_bytes=self.max_bytes,
+            with_dense=self.dense_targets,
+            where=f"pass {self.name}",
+        )
         edit.finish()
         forget_unused_promises(program)
-        return PassResult(edit.changes, facts={"swept": len(swept)})
+        return PassResult(edit.changes, facts={"swept": swept})
 
     def _round(
         self, program: Program, layer: Layer, format: Format, hessian: Hessian, context: PassContext
@@ -170,26 +128,3 @@ class GPTQ(Pass):
                 layer.node, f"has a singular Hessian: damping {rounded.damping:g} instead of {self.damping:g}"
             )
         return rounded
-
-
-def _store(
-    edit: Rewriter,
-    layer: Layer,
-    format: Format,
-    result: Rounded | None,
-    stored: dict[tuple[fx.Node, Format], fx.Node],
-    search: Search,
-) -> None:
-    value = layer.weight_value
-    if (value, format) not in stored:
-        weight = weight_tensor(edit.program, layer) if result is None else result.weight
-        decoding = fit_decoding(weight, format, search) if result is None else result.decoding
-        with edit.before(layer.node):
-            node = store_weight(edit, value, layer.weight, weight, decoding, format)
-        if result is not None and result.sparsity is not None:
-            codes = stored_weight(node)
-            assert codes is not None
-            edit.program.sparsity[str(codes.target)] = result.sparsity
-        stored[value, format] = node
-    assert layer.operator.weight is not None
-    edit.set_argument(layer.node, layer.operator.weight, stored[value, format])
