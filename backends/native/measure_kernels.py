@@ -30,8 +30,8 @@ _STREAMED = 4  # rows from which on a product's time does not depend on where it
 
 _GROUP = 128
 _TABLE = list(range(-8, 8))
-_SPARSE = (0.1, 0.3, 0.5, 0.7)
-_BLOCKS = (0.1, 0.25, 0.5, 0.75)
+_SPARSE = (0.1, 0.3, 0.5, 0.7, 1.0)
+_BLOCKS = (0.1, 0.25, 0.5, 0.75, 1.0)
 _DENSE = (1.0,)
 
 

@@ -16,7 +16,7 @@ from torch.export import Dim
 
 import sqcompile
 from sqcompile.backends.native.artifact import NativeArtifact
-from sqcompile.backends.native.kernel_times import FormTimes, KernelTimes
+from sqcompile.backends.native.kernel_times import SHIPPED, FormTimes, KernelTimes
 from sqcompile.backends.native.lower import context
 from sqcompile.backends.native.lower.choice import Candidate, Workload, choose, workload_of
 from sqcompile.backends.native.session import NativeSession
@@ -69,6 +69,15 @@ def test_the_fastest_wins_and_a_smaller_one_that_is_hardly_slower(
     choice, said = choose(machine(int8__bitmask=bitmask_ns), ONE_ROW, [DENSE, bitmask], 64, 64)
     assert choice.form == form
     assert said == (f"{remark} (1 row)" if remark else "")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 128])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_few_zeros_are_no_reason_to_leave_any_out(rows: int, cached: bool) -> None:
+    """Codes of a dense weight are zero here and there: by the times that come with the package that pays nowhere."""
+    few = [Candidate("int8, bitmask", 0.995, 1120.0), Candidate("int8 in 1x4 blocks", 0.999, 1249.0, 1)]
+    choice, _ = choose(KernelTimes.load(SHIPPED), Workload(((rows, 1),), cached), [DENSE, *few], 1024, 1024)
+    assert choice is DENSE
 
 
 def test_without_zeros_there_is_nothing_to_choose() -> None:
