@@ -1,8 +1,9 @@
-"""Quantized weights in the convention of compressed-tensors, which transformers and vLLM read.
+"""Quantized weights as codes that other tools read, and the convention of compressed-tensors for them.
 
-Of each linear layer `weight_packed` (int32, codes of `num_bits` from the lowest bit on), `weight_scale`, for affine
-formats `weight_zero_point` (packed alike, along the outputs) and `weight_shape` stand for `weight`; the configuration
-says the format of each. Source: https://github.com/vllm-project/compressed-tensors, format "pack-quantized".
+transformers and vLLM read that convention: of each linear layer `weight_packed` (int32, codes of `num_bits` from the
+lowest bit on), `weight_scale`, for affine formats `weight_zero_point` (packed alike, along the outputs) and
+`weight_shape` stand for `weight`; the configuration says the format of each.
+Source: https://github.com/vllm-project/compressed-tensors, format "pack-quantized".
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _OF_DATA = (torch.ops.sqcompile.quantize.default, torch.ops.sqcompile.dynamic_sc
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """The weight of a linear layer as codes.
+    """The weight of a layer as codes.
 
     Attributes:
+        kinds: Kinds of the layers that use it: `linear`, `embedding`.
         name: Name of the weight in the model, such as `model.layers.0.mlp.up_proj.weight`.
         bits: Bits a code.
         codes: Codes from -2**(bits - 1) on, int8 [O, K].
@@ -42,6 +44,7 @@ class PackedWeight:
         group_size: Inputs that share a scale, or None for one scale an output.
     """
 
+    kinds: tuple[str, ...]
     name: str
     bits: int
     codes: Tensor
@@ -95,10 +98,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def readable(weights: Sequence[PackedWeight]) -> list[PackedWeight]:
     """Return the weights that transformers can read back; the others have to stay float.
 
-    It reads zero points only when it dequantizes all weights at once, and that by one format for all.
+    It reads zero points only when it dequantizes all weights at once, and that by one format for all; embeddings
+    and weights that several layers share it does not read.
     """
+    weights = [weight for weight in weights if weight.kinds == ("linear",)]
     if all(weight.zero_point is None for weight in weights):
-        return list(weights)
+        return weights
     sizes: dict[str, int] = {}
     for weight in weights:
         sizes[str(weight.scheme())] = sizes.get(str(weight.scheme()), 0) + weight.codes.numel()
@@ -141,16 +146,16 @@ def quantization_config(weights: Sequence[PackedWeight], linear_layers: Sequence
 
 
 def unpacked(program: Program, names: Mapping[str, Any]) -> tuple[Program, list[PackedWeight]]:
-    """Return a float program that computes the same, and its linear layers' weights as codes.
+    """Return a float program that computes the same, and the codes of its matrices [O, K].
 
-    Weights of other layers, of embeddings say, and those that several layers share are float in both.
+    Weights of other shapes, as those of convolutions, are float in the program alone.
 
     Args:
         program: The program; its data is not quantized.
         names: The tensors of the model, by name; stored codes are found by them.
 
     Raises:
-        PretrainedError: If data is quantized, or a linear layer has a format that the convention lacks.
+        PretrainedError: If data is quantized, or a matrix has a format that other tools do not know.
     """
     for node in program.compute_nodes():
         if node.target in _OF_DATA:
@@ -184,8 +189,8 @@ def unpacked(program: Program, names: Mapping[str, Any]) -> tuple[Program, list[
                 expected="one tensor for all layers that the class ties",
                 next_step="quantize all layers that share it (embeddings too), or leave them all out",
             )
-        if len(users) == 1 and users[0].kind == "linear" and users[0].operator.out_axis == 0:
-            weights.append(_packed(copy, name, users[0], node))
+        if all(user.kind in ("linear", "embedding") and user.operator.out_axis == 0 for user in users):
+            weights.append(_packed(copy, name, users, node))
         edit.replace(node, edit.constant(name, value, like=node))
         edit.erase(node)
     edit.finish()
@@ -204,7 +209,8 @@ def _name(node: fx.Node, names: Mapping[str, Any]) -> str | None:
     return next((name for name in names if text.startswith(f"{name}_codes")), None)
 
 
-def _packed(program: Program, name: str, layer: Layer, node: fx.Node) -> PackedWeight:
+def _packed(program: Program, name: str, layers: Sequence[Layer], node: fx.Node) -> PackedWeight:
+    layer = layers[0]
     source, axis, group_size = node.args[0], argument(node, 3), argument(node, 4)
     qmin, qmax = argument(node, 5), argument(node, 6)
     assert isinstance(source, fx.Node) and isinstance(qmin, int) and isinstance(qmax, int)
@@ -223,7 +229,7 @@ def _packed(program: Program, name: str, layer: Layer, node: fx.Node) -> PackedW
         obstacle = f"groups of {group_size} of {depth} inputs, the last of which is shorter"
     if obstacle is not None:
         raise PretrainedError(
-            f"The weight of '{layer.name}' has a format that compressed-tensors has not.",
+            f"The weight of '{layer.name}' has a format that other tools do not know.",
             where=locate(layer.node),
             seen=obstacle,
             expected=f"{', '.join(map(str, _BITS))} bits, a scale a channel or a whole group of inputs",
@@ -237,6 +243,7 @@ def _packed(program: Program, name: str, layer: Layer, node: fx.Node) -> PackedW
     rows = scale.shape[0]
     points = (zero_point.reshape(rows, -1) + shift).to(torch.int8)
     return PackedWeight(
+        kinds=tuple(user.kind for user in layers),
         name=name,
         bits=bits,
         codes=(program.tensor(source).to(torch.int16) + shift).to(torch.int8),

@@ -118,7 +118,7 @@ def save_pretrained(
         PretrainedError: If the class cannot hold the program; the text names the layer.
         FileError: If the folder cannot be written.
     """
-    _require_applied(program)
+    require_applied(program)
     plain, packed = program, list[PackedWeight]()
     if program.level is not Level.ATEN:
         plain, packed = unpacked(program, pretrained.state)
@@ -152,11 +152,11 @@ def save_pretrained(
     return [path / name for name in names]
 
 
-def refuse_others(model: str) -> PretrainedError:
-    """Return the error for a model that is not of transformers."""
+def refuse_others(model: str, target: str) -> PretrainedError:
+    """Return the error for a model that is not of transformers, and what it was to become."""
     return PretrainedError(
-        "Only models of transformers can be saved as a Hugging Face folder.",
-        where="save_pretrained",
+        f"Only models of transformers can be saved as {target}.",
+        where="save",
         seen=model,
         expected="a model whose class is one of transformers, or the folder of one",
         next_step="save a .pt2 file, which holds any program",
@@ -166,11 +166,16 @@ def refuse_others(model: str) -> PretrainedError:
 # --- what has changed ----------------------------------------------------------------------------------
 
 
-def _require_applied(program: Program) -> None:
+def require_applied(program: Program) -> None:
+    """Check that no weight is masked.
+
+    Raises:
+        PretrainedError: If one is.
+    """
     masks = [node for node in program.compute_nodes() if is_mask(node)]
     if masks:
         raise PretrainedError(
-            "A Hugging Face folder holds weights without masks.",
+            "The files of other tools hold weights without masks.",
             where=f"node %{masks[0].name}",
             seen=f"{len(masks)} masks",
             expected="a program whose masks are applied",

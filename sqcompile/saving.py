@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 SUFFIXES = {".onnx": "onnxruntime", ".sqm": "native", ".pt2": "reference"}
 """Suffix of an artifact's main file -> the backend that writes and loads it."""
 
+GGUF = ".gguf"
+"""Suffix of a language model for llama.cpp, which we write and do not load."""
+
 # What a folder of Hugging Face has beside its weights that users of the compiled model need too.
 _COMPANIONS = (
     "config.json",
@@ -53,13 +56,14 @@ def check_target(path: Path) -> None:
     """
     # A folder may have a dot in its name too, as llama-3.2 has.
     names_a_file = re.fullmatch(r"\.[A-Za-z]\w{1,6}", path.suffix)
-    if names_a_file and path.suffix not in SUFFIXES and not path.is_dir():
+    known = (*SUFFIXES, GGUF)
+    if names_a_file and path.suffix not in known and not path.is_dir():
         raise FileError(
             f"There is no artifact with the suffix '{path.suffix}'.",
             where=str(path),
             seen=path.suffix,
-            expected=", ".join(SUFFIXES) + ", or a folder",
-            next_step=did_you_mean(path.suffix, SUFFIXES),
+            expected=", ".join(known) + ", or a folder",
+            next_step=did_you_mean(path.suffix, known),
         )
     folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if folder == path.absolute() and folder.is_file():
