@@ -20,6 +20,7 @@ from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
 from sqcompile.files import require_file
+from sqcompile.gguf_file import save_gguf
 from sqcompile.input_spec import example_call, with_dims
 from sqcompile.measure import measure_latency
 from sqcompile.metrics import Distance, output_distance
@@ -30,7 +31,7 @@ from sqcompile.pretrained import Pretrained, refuse_others, save_pretrained
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Report, environment, layer_rows
-from sqcompile.saving import SUFFIXES, save_compiled
+from sqcompile.saving import GGUF, SUFFIXES, check_target, save_compiled
 from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
 from sqcompile.streaming import Job, Streamed, compress_parts, weights_of
@@ -97,16 +98,24 @@ class Compiled:
         """Write the compiled model.
 
         Args:
-            path: A file, by suffix: `.onnx` (ONNX Runtime), `.sqm` (our engine), `.pt2` (PyTorch); a path
-                without suffix is a folder, which for language models also gets tokenizer and config.
+            path: A file, by suffix: `.onnx` (ONNX Runtime), `.sqm` (our engine), `.pt2` (PyTorch), `.gguf`
+                (llama.cpp: Llama, Mistral and Qwen2 of transformers, without tokenizer); a path without suffix is
+                a folder, which for language models also gets tokenizer and config.
 
         Returns:
             The files that were written.
 
         Raises:
             FileError: If it cannot be written, or the suffix is unknown.
+            PretrainedError: If a GGUF file cannot hold the model; the text names the layer.
         """
-        return save_compiled(self, Path(path))
+        path = Path(path)
+        if path.suffix != GGUF:
+            return save_compiled(self, path)
+        check_target(path)
+        if self._pretrained is None:
+            raise refuse_others(self.report.model, "a GGUF file")
+        return save_gguf(self.program, self._pretrained, path)
 
     def save_pretrained(self, path: str | Path) -> list[Path]:
         """Write the compiled program as a Hugging Face folder, for a model of transformers.
@@ -128,7 +137,7 @@ class Compiled:
             FileError: If it cannot be written.
         """
         if self._pretrained is None:
-            raise refuse_others(self.report.model)
+            raise refuse_others(self.report.model, "a Hugging Face folder")
         return save_pretrained(self.program, self.original, self._pretrained, Path(path), self._check_batch)
 
     def measure(self, *args: Any, runs: int = 30, threads: int | None = None, **kwargs: Any) -> Report:
