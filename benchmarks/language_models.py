@@ -29,11 +29,13 @@ from rich.table import Table
 
 import sqcompile
 from sqcompile.evaluation import perplexity
+from sqcompile.mixed_precision import Candidate
 from sqcompile.passes import (
     GPTQ,
     ApplyMasks,
     FoldQDQ,
     MaskWeights,
+    MixedPrecision,
     QuantizeWeights,
     SparseGPT,
     Wanda,
@@ -42,6 +44,10 @@ from sqcompile.passes import (
 from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.sparsity import Pattern
 
+CANDIDATES = tuple(
+    Candidate(Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(32)))
+    for bits in (2, 3, 4, 8)
+)
 EXAMPLES = Path(__file__).parents[1] / "examples"
 Passes = list[sqcompile.Pass]
 HEAD = ("lm_head",)
@@ -54,6 +60,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="names of models, separated by commas")
+    parser.add_argument(
+        "--targets", default="", help="only targets with this in their name, beside the dense"
+    )
     parser.add_argument("--rows", type=int, default=80, help="rows of calibration tokens")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -65,7 +74,7 @@ def main() -> None:
     wanted = [name for name in options.only.split(",") if name] or list(folders)
     rows: list[dict[str, Any]] = []
     for name in wanted:
-        rows += [{"model": name, **row} for row in measure(folders[name], options.rows)]
+        rows += [{"model": name, **row} for row in measure(folders[name], options.rows, options.targets)]
     table = Table("model", "compressed to", "method", "perplexity", "share of the baseline's rise", "seconds")
     for row in rows:
         share = "" if row["share"] is None else f"{row['share']:.3f}"
@@ -75,7 +84,7 @@ def main() -> None:
     write_json(options.json, "language_models", rows, calibration_rows=options.rows)
 
 
-def measure(folder: Path, count: int) -> Iterator[dict[str, Any]]:
+def measure(folder: Path, count: int, only: str = "") -> Iterator[dict[str, Any]]:
     """Yield a row for each method; the first of each target is its baseline."""
     stored = {
         key: torch.from_numpy(value.astype(np.int64)) for key, value in np.load(folder / "tokens.npz").items()
@@ -84,6 +93,8 @@ def measure(folder: Path, count: int) -> Iterator[dict[str, Any]]:
     shapes = {"input_ids": {0: torch.export.Dim("batch")}}
     dense = 0.0
     for target, methods in jobs():
+        if only not in target and target != "dense":
+            continue
         baseline = 0.0
         for method, passes in methods.items():
             print(f"{folder.name}, {target}: {method} …", file=sys.stderr, flush=True)
@@ -130,6 +141,25 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 },
             },
         )
+    three, four = (
+        Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(32)) for bits in (3, 4)
+    )
+    sparse = SparseGPT(sparsity=0.5, refit=True, exclude=HEAD)
+    halves: Any = {"quantize": GPTQ(weight=four, formats=EIGHT_BITS), "exclude": HEAD, "bits": 4.61}
+    also_sparse = (*CANDIDATES, *(Candidate(item.format, 0.5) for item in CANDIDATES[1:]))
+    yield (
+        "mixed, 4.61 bits with scales",
+        {
+            "GPTQ, 3 and 4 bits in turn": rounded(
+                GPTQ(weight=four, formats=(("re:[.][0-9]*[13579][.]", three), *EIGHT_BITS))
+            ),
+            "chosen by the Fisher estimate": rounded(MixedPrecision(**halves)),
+            "chosen by divergence": rounded(MixedPrecision(**halves, measure="divergence")),
+            "bits and density, by the Fisher estimate": rounded(
+                MixedPrecision(**halves, candidates=also_sparse, prune=sparse)
+            ),
+        },
+    )
     for sparsity, pattern in ((0.5, Pattern()), (None, Pattern.parse("2:4")), (0.7, Pattern())):
         options: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "exclude": HEAD}
         yield (
@@ -142,7 +172,6 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 "SparseGPT, refit": pruned(SparseGPT(**options, refit=True)),
             },
         )
-    four = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
     gptq = GPTQ(weight=four, formats=EIGHT_BITS)
     half: dict[str, Any] = {"sparsity": 0.5, "exclude": HEAD}
     yield (

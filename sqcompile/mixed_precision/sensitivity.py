@@ -67,7 +67,7 @@ def measure_sensitivity(
     candidates: Sequence[Candidate],
     context: PassContext,
     *,
-    measure: Measure = "divergence",
+    measure: Measure = "fisher",
     search: Search = "mse",
     max_batches: int = 4,
     max_bytes: int = 2**30,

@@ -110,7 +110,7 @@ def test_a_layer_that_cannot_take_a_candidate() -> None:
 def test_without_data() -> None:
     program = classifier()
     with pytest.raises(CalibrationError, match="needs calibration data"):
-        measure_sensitivity(program, layers_of(program), CANDIDATES, PassContext())
+        measure_sensitivity(program, layers_of(program), CANDIDATES, PassContext(), measure="divergence")
 
 
 class Codes(nn.Module):
