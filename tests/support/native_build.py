@@ -35,9 +35,8 @@ _BUILDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "-DSQC_SANITIZE=thread",
             "-DCMAKE_BUILD_TYPE=None",
             "-DCMAKE_CXX_FLAGS=-O1",
-            "-DSQC_ONLY_FAMILIES=qgemm;quantize;kvcache;attention",
         ),
-        ("sqc_tests",),
+        ("sqc_tests", "sqc_share"),
     ),
     "fuzzer": (
         (

@@ -68,16 +68,31 @@ def test_address_and_undefined_behaviour_sanitizers(native_build: Build, tmp_pat
     assert " 0 failures" in run(program, ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
 
 
+def without_randomization() -> list[str]:
+    """Start of a command without address randomization: TSan's fixed memory map collides with that of newer kernels."""
+    setarch = shutil.which("setarch")
+    prefix = [setarch, platform.machine(), "-R"] if setarch else []
+    if prefix and subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        return []  # a container may forbid it
+    return prefix
+
+
 def test_thread_sanitizer(native_build: Build, tmp_path: Path) -> None:
     if not compiles("-fsanitize=thread", tmp_path):
         pytest.skip("the compiler has no thread sanitizer")
     program = native_build("thread") / "sqc_tests"
-    # Without address randomization: the sanitizer's fixed memory map collides with that of newer kernels.
-    setarch = shutil.which("setarch")
-    prefix = [setarch, platform.machine(), "-R"] if setarch else []
-    if prefix and subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
-        prefix = []  # a container may forbid it
-    assert " 0 failures" in run(*prefix, program, "pool", "threads")
+    assert " 0 failures" in run(*without_randomization(), program, "pool", "threads")
+
+
+def test_sessions_and_generators_share_a_model_under_the_thread_sanitizer(
+    native_build: Build, tmp_path: Path
+) -> None:
+    if not compiles("-fsanitize=thread", tmp_path):
+        pytest.skip("the compiler has no thread sanitizer")
+    model = Path(__file__).parent / "data" / "generation.sqm"
+    program = native_build("thread") / "sqc_share"
+    output = run(*without_randomization(), program, model, "4")
+    assert output.startswith("3 users agree in 4 rounds, on 32 tokens and ")
 
 
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is an Arm CPU: the other tests cover it")

@@ -1,0 +1,108 @@
+// Sessions and generators of one mapped model, each in a thread of its own, with threads of their own: for the
+// thread sanitizer. All have to find what one alone finds, to the bit.
+//
+//   sqc_share MODEL.sqm ROUNDS      a language model: one input i64 [batch, sequence]
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "engine/generator.h"
+#include "engine/model.h"
+#include "engine/session.h"
+
+namespace {
+
+constexpr int kUsers = 3;
+
+// What one user of a model gets from it.
+struct Found {
+  sqc::Status status = sqc::Status::ok();
+  std::vector<std::int64_t> tokens;
+  std::vector<float> numbers;
+
+  bool is(const Found& other) const {
+    return status.is_ok() && other.status.is_ok() && tokens == other.tokens && numbers.size() == other.numbers.size() &&
+           std::memcmp(numbers.data(), other.numbers.data(), numbers.size() * sizeof(float)) == 0;
+  }
+};
+
+sqc::Status generate(const std::shared_ptr<const sqc::Model>& model, int threads, sqc::KvType type, Found* found) {
+  std::unique_ptr<sqc::Generator> generator;
+  SQC_RETURN_IF_ERROR(sqc::Generator::create(model, threads, sqc::best_isa(), 2, 16, type, &generator));
+  const std::int64_t tokens[] = {3, 4, 5, 6, 1};
+  const sqc::RowTokens texts[] = {{0, tokens, 5}, {1, tokens + 2, 2}};
+  sqc::GenerateOptions options;
+  options.max_new_tokens = 8;
+  const auto keep = [](void* user, std::int64_t row, std::int64_t token) {
+    static_cast<Found*>(user)->tokens.push_back(100 * row + token);
+    return true;
+  };
+  SQC_RETURN_IF_ERROR(generator->generate({texts, 2}, options, keep, found));
+  SQC_RETURN_IF_ERROR(generator->rewind(0, 5));
+  SQC_RETURN_IF_ERROR(generator->feed({texts + 1, 1}));
+  const float* logits = generator->logits(1);
+  found->numbers.insert(found->numbers.end(), logits, logits + generator->outputs());
+  return sqc::Status::ok();
+}
+
+sqc::Status run(const std::shared_ptr<const sqc::Model>& model, int threads, Found* found) {
+  std::unique_ptr<sqc::Session> session;
+  SQC_RETURN_IF_ERROR(sqc::Session::create(model, threads, sqc::best_isa(), &session));
+  const std::int64_t tokens[] = {1, 2, 3, 4, 5, 6, 7, 8};
+  for (const std::int64_t batch : {2, 1, 4}) {
+    const std::int64_t shape[] = {batch, 8 / batch};
+    const sqc::InputView input = {sqc::DType::i64, 2, shape, tokens};
+    SQC_RETURN_IF_ERROR(session->run({&input, 1}));
+    const sqc::Tensor& output = session->output(0);
+    const auto* numbers = output.as<float>();
+    found->numbers.insert(found->numbers.end(), numbers, numbers + output.count());
+  }
+  return sqc::Status::ok();
+}
+
+Found use(const std::shared_ptr<const sqc::Model>& model, int threads) {
+  Found found;
+  for (const sqc::KvType type : {sqc::KvType::f32, sqc::KvType::s8}) {
+    found.status = generate(model, threads, type, &found);
+    if (!found.status.is_ok()) return found;
+  }
+  found.status = run(model, threads, &found);
+  return found;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  std::shared_ptr<const sqc::Model> model;
+  const sqc::Status opened = sqc::Model::open(argv[1], &model);
+  if (!opened.is_ok()) {
+    std::fprintf(stderr, "%s\n", opened.message());
+    return 1;
+  }
+  const Found alone = use(model, 1);
+  if (!alone.status.is_ok()) {
+    std::fprintf(stderr, "%s\n", alone.status.message());
+    return 1;
+  }
+  const long rounds = std::atol(argv[2]);
+  for (long round = 0; round < rounds; ++round) {
+    Found found[kUsers];
+    std::vector<std::thread> users;
+    for (int i = 0; i < kUsers; ++i) users.emplace_back([&, i] { found[i] = use(model, 1 + i % 2); });
+    for (std::thread& user : users) user.join();
+    for (int i = 0; i < kUsers; ++i) {
+      if (found[i].is(alone)) continue;
+      std::fprintf(stderr, "user %d of round %ld found something else: %s\n", i, round, found[i].status.message());
+      return 1;
+    }
+  }
+  std::printf("%d users agree in %ld rounds, on %zu tokens and %zu numbers\n", kUsers, rounds, alone.tokens.size(),
+              alone.numbers.size());
+  return 0;
+}
