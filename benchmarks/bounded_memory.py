@@ -6,9 +6,9 @@
 Writes a random Llama of 1.1 billion parameters (hidden 2048, intermediate 5632, 22 layers, 32 and 4 heads,
 32000 tokens) as a Hugging Face folder in bfloat16 shards if the folder has none, and rounds it to 4 bits with
 GPTQ, part by part, in a process of its own whose peak of resident memory the system reports; with `--method wanda`
-it zeros half of the weights and rounds to nearest, which takes a tenth of the time. With `--kills`, the
-process is killed at random moments and started again until it is done, and the files are compared with those of a
-run that was left alone. `--small`: 12 layers of width 256 instead.
+it zeros half of the weights and rounds to nearest, which takes a tenth of the time. With `--kills` instead, a
+process is killed at random moments and another one goes on until all is done, and the files are compared with
+those of a run that was left alone. `--small`: 12 layers of width 256.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def main() -> None:
     options.max_memory = options.max_memory or ("1.5GB" if options.small else "4GB")
     options.folder = options.folder / f"{sizes['hidden_size']}x{layers}"
     write_model(options.folder / "model", sizes, layers)
-    rows = [measure(options)]
-    if options.kills:
-        rows.append(measure_kills(options, rows[0]["seconds"]))
+    rows = [measure_kills(options) if options.kills else measure(options)]
     table = Table("run", "parameters", "parts", "seconds", "peak of memory", "files")
     for row in rows:
         table.add_row(
@@ -127,35 +125,66 @@ def peak_of(process: int) -> int:
     return int(found[0][1]) * 1024 if found else 0
 
 
-def measure_kills(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Compress, killed at random moments of a run's usual time; each time go on from what is there."""
-    work = options.folder / "killed"
+def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Compress, killed at random moments of a run's usual time; each time go on from what is there.
+
+    The model is traced once, and children of this process compress it: their time is that of the work.
+    """
+    import sqcompile
+
+    # A child of a process whose operators run on threads of OpenMP would wait for them forever.
+    torch.set_num_threads(1)
+    program = traced(options)
+    whole, work = options.folder / "whole", options.folder / "killed"
+    started = time.perf_counter()
+    shutil.rmtree(whole, ignore_errors=True)
+    compiled = compress_program(program, options, whole)
+    seconds = time.perf_counter() - started
     shutil.rmtree(work, ignore_errors=True)
     chance = random.Random(options.seed)
-    started, kills, done = time.perf_counter(), 0, []
+    kills, done = 0, []
     while kills < options.kills:
-        child = subprocess.Popen(command(options, work), stdout=subprocess.DEVNULL)
-        # Late enough that something is under way, early enough that it is not done after a few.
-        time.sleep(chance.uniform(0.1, 0.9) * seconds * (1 if kills % 2 else 0.5))
-        if child.poll() is not None:  # it was done: begin anew, to be killed as often as promised
+        child = os.fork()
+        if child == 0:
+            compress_program(program, options, work)
+            os._exit(0)
+        time.sleep(chance.uniform(0.02, 0.4) * seconds)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):  # it was done: begin anew, to be killed as often as promised
+            done.append("done")
             shutil.rmtree(work)
             continue
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
         kills += 1
-        done.append(len(list(work.glob("part-*.json"))))
-    result, peak = watched(command(options, work))
-    same = digest(work) == digest(options.folder / "work")
-    print(f"parts that were done after each kill: {done}", file=sys.stderr)
-    files = f"{digest(work)}: {'identical' if same else 'DIFFERENT'} after {kills} kills"
+        done.append(str(len(list(work.glob("part-*.json")))))
+    compress_program(program, options, work)
+    same = contents(work) == contents(whole)
+    print(f"parts that were done after each kill: {', '.join(done)}", file=sys.stderr)
+    assert isinstance(compiled, sqcompile.Compiled)
     return {
         "run": "killed",
         "seconds": time.perf_counter() - started,
-        "files": files,
+        "files": f"{digest(work)}: {'identical' if same else 'DIFFERENT'} after {kills} kills",
         "done": done,
-        "peak_bytes": peak,
-        **result,
+        "peak_bytes": 0,
+        "parameters": compiled.report.original.parameters,
+        "parts": len(list(work.glob("part-*.pt2"))),
     }
+
+
+def contents(work: Path) -> dict[str, str]:
+    """A hash of each part."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in work.glob("part-*.pt2")}
+
+
+def traced(options: argparse.Namespace) -> Any:
+    """The whole model in memory as a program."""
+    from sqcompile.api import trace_any
+    from sqcompile.models import load_model
+
+    folder = options.folder / "model"
+    inputs = ((), {"input_ids": torch.zeros(1, options.context, dtype=torch.long)})
+    return trace_any(load_model(folder), inputs, None, source=folder)
 
 
 def command(options: argparse.Namespace, work: Path) -> list[str]:
@@ -166,7 +195,17 @@ def command(options: argparse.Namespace, work: Path) -> list[str]:
 
 
 def compress(options: argparse.Namespace) -> dict[str, Any]:
-    """Compress in this process, and say what it took."""
+    """Compress in this process, and say what became of the model."""
+    compiled = compress_program(options.folder / "model", options, options.work)
+    return {
+        "parameters": compiled.report.original.parameters,
+        "parts": len(list(options.work.glob("part-*.pt2"))),
+        "size_bytes": compiled.report.size.size_bytes,
+    }
+
+
+def compress_program(model: Any, options: argparse.Namespace, work: Path) -> Any:
+    """Compress a model part by part."""
     import logging
     import warnings
 
@@ -191,21 +230,15 @@ def compress(options: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(
         0, vocabulary, (options.rows, options.context), generator=torch.Generator().manual_seed(0)
     )
-    compiled = sqcompile.compile(
-        options.folder / "model",
+    return sqcompile.compile(
+        model,
         [*pipelines.canonical(), *methods[options.method], FoldQDQ()],
         calibration=[{"input_ids": row[None]} for row in tokens],
         max_memory=options.max_memory,
-        work_dir=options.work,
+        work_dir=work,
         backend="reference",
         progress=BarProgress(),
     )
-    assert isinstance(compiled, sqcompile.Compiled)
-    return {
-        "parameters": compiled.report.original.parameters,
-        "parts": len(list(options.work.glob("part-*.pt2"))),
-        "size_bytes": compiled.report.size.size_bytes,
-    }
 
 
 def digest(work: Path) -> str:

@@ -11,6 +11,8 @@ import torch
 from sqcompile.errors import CalibrationError, InputError
 from sqcompile.signature import Signature
 
+_MASK = "attention_mask"
+
 
 class Calibration:
     """A re-iterable view of calibration batches as flat inputs.
@@ -46,6 +48,17 @@ class Calibration:
             count += 1
         if count == 0:
             reject_empty()
+
+    def tokens(self) -> Iterator[torch.Tensor | None]:
+        """Yield for each batch which of its tokens are none of padding, bool [N, T]; None where all are real.
+
+        Padding is what the input `attention_mask` [N, T] hides, as tokenizers name it.
+        """
+        places = [index for index, value in enumerate(self.signature.inputs) if value.name == _MASK]
+        for batch in self:
+            mask = batch[places[0]] if places else None
+            hides = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
+            yield mask != 0 if hides else None
 
     def first(self) -> list[Any]:
         """Return the first batch as flat inputs."""

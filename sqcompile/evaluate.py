@@ -99,7 +99,7 @@ def run_watched(
             except Error:
                 raise
             except Exception as error:
-                raise _refused(node, error) from error
+                raise refused(node, error) from error
             if node in wanted:
                 on_value(node, result)
             return result
@@ -116,10 +116,11 @@ def explain_failure(program: Program, inputs: Sequence[Any], error: Exception) -
         return located
     except Exception:  # before any node: another number of inputs than the program has
         pass
-    return _refused(None, error)
+    return refused(None, error)
 
 
-def _refused(node: fx.Node | None, error: Exception) -> InputError:
+def refused(node: fx.Node | None, error: Exception) -> InputError:
+    """Return the error for an operator that does not take its values, as tokens beyond the vocabulary."""
     return InputError(
         "The program cannot run on these inputs.",
         where=None if node is None else locate(node),

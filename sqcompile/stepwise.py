@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sqcompile.errors import Error
+from sqcompile.evaluate import refused
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.shelf import Shelf, Shelved
@@ -181,7 +183,12 @@ class Stepwise:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
         if node in self.functions:
             return self.functions[node](args[0])
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Error:
+            raise
+        except Exception as error:
+            raise refused(node, error) from error
 
 
 class _Batches:

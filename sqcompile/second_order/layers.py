@@ -50,8 +50,9 @@ def visit_layers(
 ) -> None:
     """Visit layers in graph order, with calibration data that went through those already visited.
 
-    Layers that read the same value, as q, k and v do, share a Hessian, and are visited together. With a
-    work folder, values that do not fit into memory lie there.
+    Layers that read the same value, as q, k and v do, share a Hessian, and are visited together. Tokens of padding,
+    which an input `attention_mask` hides, do not count. With a work folder, values that do not fit into memory
+    lie there.
 
     Args:
         program: The program; it is only read.
@@ -76,6 +77,7 @@ def visit_layers(
     share = max_bytes // 2 if with_dense else max_bytes
     room = memory_for(context, share)
     batches = changed.batches(context, share, f"{purpose}: reading", spills=True)
+    tokens = [] if context.calibration is None else list(context.calibration.tokens())
     place = {node: index for index, node in enumerate(changed.steps)}
     readers = {
         min((layer.node for layer in group), key=place.__getitem__): group for group in groups.values()
@@ -89,17 +91,23 @@ def visit_layers(
             wanted = next(beside)[1] if with_dense else None
             data = readers[node][0].data
             assert data is not None
-            hessian = _hessian(readers[node][0], read(data), wanted(data) if wanted else None)
+            hessian = _hessian(readers[node][0], read(data), wanted(data) if wanted else None, tokens)
             for layer in readers[node]:
                 with torch.no_grad():
                     changed.substitutes[layer.weight_value] = visit(layer, hessian)
 
 
-def _hessian(layer: Layer, values: Sequence[Tensor], wanted: Sequence[Tensor] | None) -> Hessian:
+def _hessian(
+    layer: Layer, values: Sequence[Tensor], wanted: Sequence[Tensor] | None, tokens: Sequence[Tensor | None]
+) -> Hessian:
     first = values[0]
     hessian = Hessian(first.shape[-1], first.device, f"layer '{layer.name}'")
     for index, value in enumerate(values):
-        hessian.add(value, None if wanted is None else wanted[index])
+        dense = None if wanted is None else wanted[index]
+        real = tokens[index] if index < len(tokens) else None
+        if real is not None and value.shape[:-1] == real.shape:  # padding is nothing that the model will see
+            value, dense = value[real], None if dense is None else dense[real]
+        hessian.add(value, dense)
     if hessian.count == 0:
         raise CalibrationError(
             "A layer never saw data.",

@@ -43,6 +43,10 @@ class Stream:
                 for name in names
             ]
 
+    def tokens(self) -> Iterator[Tensor | None]:
+        """Yield for each batch which of its tokens are real; None where all are."""
+        return self._data.tokens() if isinstance(self._data, Calibration) else (None for _ in self._data)
+
     def write(self, index: int, names: Sequence[str], values: Sequence[Any]) -> None:
         """Keep values of a batch.
 
@@ -96,3 +100,7 @@ class PartData(Calibration):
 
     def __iter__(self) -> Iterator[list[Any]]:
         return self._stream.read(self._names)
+
+    def tokens(self) -> Iterator[Tensor | None]:
+        """Yield for each batch which of its tokens are real, as the model's own inputs say."""
+        return self._stream.tokens()

@@ -65,7 +65,9 @@ def test_is_near_the_best_of_all_roundings() -> None:
         best = torch.minimum(best, errors(weight, candidate, x))
     found, plain = errors(weight, result.weight, x), errors(weight, nearest(weight, text), x)
     assert bool((found >= best * (1 - 1e-5)).all())  # of 1024 roundings of a row, none is better
-    assert float(found.sum()) < 1.5 * float(best.sum())  # measured: 1.43, where gradients end in a local minimum
+    assert float(found.sum()) < 1.5 * float(
+        best.sum()
+    )  # measured: 1.43, where gradients end in a local minimum
     assert float(found.sum()) < 0.8 * float(plain.sum())
 
 

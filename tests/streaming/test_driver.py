@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ def test_rounding_to_codes_is_what_one_piece_would_be(
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A child of a process whose operators run on threads of OpenMP would wait for them forever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(
     traced: Program, batches: Batches, passes: list[Pass], tmp_path: Path
 ) -> None:
@@ -230,7 +240,7 @@ def test_a_pass_over_the_whole_model_is_run_on_the_whole_model(
 
 
 def test_works_without_data(traced: Program, tmp_path: Path) -> None:
-    tokens = torch.tensor([[1, 2, 3, 4]])
+    tokens = torch.arange(16)[None]
     options: dict[str, Any] = {"example_inputs": {"input_ids": tokens}}
     passes = pipelines.weight_only(bits=4, group_size=16)
     whole = compiled(traced, passes, None, **options)
