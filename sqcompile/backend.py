@@ -202,6 +202,10 @@ class Backend(ABC):
             next_step="measure the native backend's kernels: sqcompile bench --kernels",
         )
 
+    def facts(self) -> dict[str, str]:
+        """Return what the backend runs on here, by name: versions, instruction set, threads."""
+        return {}
+
     def unsupported(self, program: Program) -> list[tuple[fx.Node, str]]:
         """Return every node that the backend cannot run, with the reason."""
         found = []

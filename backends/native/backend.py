@@ -89,5 +89,19 @@ class NativeBackend(Backend):
         threads = check_threads(threads)
         return measure_kernels(threads=threads, progress=progress).save(cache_file(threads))
 
+    def facts(self) -> dict[str, str]:
+        """Return the instruction set, the threads of a session, and by what times kernels are chosen."""
+        from sqcompile.backends.native.cpu import cpu_features
+        from sqcompile.backends.native.kernel_times import default_threads, kernel_times
+        from sqcompile.backends.native.kernels import default_isa
+
+        times, remark = kernel_times()
+        return {
+            "instruction set": default_isa(),
+            "threads": str(default_threads()),
+            "CPU": str(cpu_features()),
+            "kernels chosen by": remark or f"times of {times.cpu}, {times.isa}, {times.threads} threads",
+        }
+
 
 BACKEND = NativeBackend()

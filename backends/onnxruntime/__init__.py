@@ -10,6 +10,7 @@ session.py       the model, loaded
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,6 +66,10 @@ class OnnxRuntimeBackend(Backend):
                 next_step="load it with the backend that lowered it",
             )
         return load(source, threads)
+
+    def facts(self) -> dict[str, str]:
+        """Return the versions of ONNX Runtime and ONNX."""
+        return {name: version(name) for name in ("onnxruntime", "onnx", "onnxscript")}
 
 
 BACKEND = OnnxRuntimeBackend()

@@ -73,5 +73,9 @@ class ReferenceBackend(Backend):
             )
         return ReferenceSession(Program.load(source))
 
+    def facts(self) -> dict[str, str]:
+        """Return the version and the threads of PyTorch."""
+        return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
+
 
 BACKEND = ReferenceBackend()

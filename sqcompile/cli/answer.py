@@ -36,11 +36,13 @@ class Answer:
         show: Prints it for people.
         data: The same for programs: what JSON can hold.
         live: What is shown comes bit by bit, and goes out as it comes, into files and pipes too.
+        failed: What was asked is not so: the exit code is 1.
     """
 
     show: Callable[[Console], None]
     data: Any
     live: bool = False
+    failed: bool = False
 
 
 def command(function: Callable[..., Answer]) -> Callable[..., None]:
@@ -60,6 +62,8 @@ def command(function: Callable[..., Answer]) -> Callable[..., None]:
                 print_json(answer.data)
             else:
                 _print(answer)
+            if answer.failed:
+                raise typer.Exit(1)
 
     # Typer reads the signature through __wrapped__; a command itself returns nothing.
     run.__annotations__ = {**function.__annotations__, "return": "None"}

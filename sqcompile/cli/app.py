@@ -10,6 +10,7 @@ from sqcompile import __version__
 from sqcompile.cli.bench import bench
 from sqcompile.cli.compare import compare
 from sqcompile.cli.compile import compile_model
+from sqcompile.cli.doctor import doctor
 from sqcompile.cli.evaluate import evaluate
 from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
@@ -49,3 +50,4 @@ app.command("compare")(compare)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("doctor")(doctor)
