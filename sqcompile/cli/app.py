@@ -15,6 +15,7 @@ from sqcompile.cli.evaluate import evaluate
 from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
+from sqcompile.cli.sensitivity import sensitivity
 
 app = typer.Typer(
     name="sqcompile",
@@ -49,5 +50,6 @@ app.command("inspect")(inspect_model)
 app.command("compare")(compare)
 app.command("evaluate")(evaluate)
 app.command("generate")(generate)
+app.command("sensitivity")(sensitivity)
 app.command("bench")(bench)
 app.command("doctor")(doctor)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.nn import functional
 
-from sqcompile.errors import CalibrationError, InputError
+from sqcompile.errors import CalibrationError, InputError, did_you_mean
 from sqcompile.layers import Layer
 from sqcompile.mixed_precision.candidate import Candidate
 from sqcompile.mixed_precision.rerun import Rerun
@@ -35,6 +35,8 @@ Measure = Literal["divergence", "error", "fisher"]
   layer's output o: one backward run in all.
 """
 
+
+MEASURES: tuple[Measure, ...] = ("fisher", "divergence", "error")
 
 Distance = Callable[[Tensor, Tensor], float]
 """Takes the output as it was and as it is; returns how far they are apart, averaged over what was predicted."""
@@ -115,6 +117,23 @@ def measure_sensitivity(
         np.array(bits).reshape(losses.shape),
         np.array([int(np.prod(shape)) for shape in shapes], dtype=np.int64),
         measure,
+    )
+
+
+def parse_measure(text: str) -> Measure:
+    """Return the measure of a name.
+
+    Raises:
+        InputError: If there is none of that name.
+    """
+    for measure in MEASURES:
+        if measure == text:
+            return measure
+    raise InputError(
+        f"No measure is called '{text}'.",
+        seen=text,
+        expected=", ".join(MEASURES),
+        next_step=did_you_mean(text, MEASURES),
     )
 
 
