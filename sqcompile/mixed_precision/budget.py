@@ -9,6 +9,11 @@ measured loss of the whole choice puts to the test.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,17 +97,42 @@ def _solve(objective: Floats, limited: Floats, most: float) -> Point | None:
         (np.ones(layers * candidates), np.arange(layers * candidates), np.arange(layers + 1) * candidates)
     )
     rows = vstack([once, csr_array(limited.reshape(1, -1) / unit)])
-    result = milp(
-        np.where(possible, objective, 0.0).ravel() / scale,
-        integrality=np.ones(layers * candidates),
-        bounds=Bounds(0, possible.astype(float).ravel()),
-        constraints=LinearConstraint(
-            rows, np.append(np.ones(layers), -np.inf), np.append(np.ones(layers), most / unit)
-        ),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _no_output():
+        result = milp(
+            np.where(possible, objective, 0.0).ravel() / scale,
+            integrality=np.ones(layers * candidates),
+            bounds=Bounds(0, possible.astype(float).ravel()),
+            constraints=LinearConstraint(
+                rows, np.append(np.ones(layers), -np.inf), np.append(np.ones(layers), most / unit)
+            ),
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     choice = result.x.reshape(layers, candidates).argmax(1)
     picked = np.arange(layers), choice
     return Point(choice, cost=float(limited[picked].sum()), loss=float(objective[picked].sum()))
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Keep what the solver prints in spite of all off the standard output, which may be somebody's JSON.
+
+    It prints through C, whose buffer has to be emptied before the output is given back.
+    """
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    if libc is None:
+        yield
+        return
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

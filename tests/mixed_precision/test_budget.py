@@ -58,3 +58,14 @@ def test_the_frontier_falls() -> None:
     for cheaper, dearer in itertools.pairwise(points):
         assert cheaper.cost < dearer.cost and cheaper.loss > dearer.loss
     assert points[-1].loss == pytest.approx(losses.min(1).sum())
+
+
+def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """The solver prints a line on some problems, this one among them; --json answers must not have it."""
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        losses = np.sort(random.gamma(0.3, 1, (43, 4)) * 1e-4)[:, ::-1].copy()
+        costs = np.array([[3.1, 4.1, 5.1, 9.1]]) * random.integers(1, 9, (43, 1)) * 32768
+        frontier(losses, costs)
+    print("heard")
+    assert capfd.readouterr().out == "heard\n"
