@@ -259,6 +259,7 @@ def _operands(
 
 def _fused_maker(context: Lowering, found: Fused) -> Callable[[], Value]:
     def make() -> Value:
+        context.begin(found.layer.node)  # whose time it is in a profile
         target = found.target
         if found.other is not None:
             codes, scale = found.other

@@ -34,6 +34,14 @@ sq = torch.ops.sqcompile
 _MOST_PRODUCTS = 65536
 _INT8 = np.iinfo(np.int8)
 
+# Weights in blocks of four inputs (kernels/qconvblock): units of a chunk, whose activations fill most of an L1 cache;
+# `block_time`, in cycles of a dense product of 16 outputs with one unit; from when on blocks are taken; and what
+# is worth saying where they are not.
+_CHUNK = 96
+_PER_KEPT, _PER_INPUT, _PER_OUTPUT, _FIXED = 1.35, 5.0, 7.0, 0.07
+_BLOCKS_BELOW = 0.85
+_WORTH_A_NOTE = 0.6
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
@@ -252,13 +260,18 @@ class IntegerLayer:
             context.plan.add_constant(_panels(array, per_panel), "panels")
             for array in (sums.astype(np.int32), wrapped, scales, offset)
         ]
-        operands: list[Value | None] = [image.value, self._weight(context), *arrays]
+        blocks = self._blocks(context)
+        weight = [self._weight(context)] if blocks is None else blocks
+        operator = self._operator if blocks is None else "conv_q8_block"
+        operands: list[Value | None] = [image.value, *weight, *arrays]
         shape = image_shape(context, self.node)
         ints = [*windows.ints, groups, inputs, outputs, zero, 0, 0]
+        if blocks is not None:
+            ints.append(_CHUNK)
         channels = groups * outputs
         if target.scale is None:
             floats = (target.low, target.high, 0.0, 0.0, 0.0, 0.0)
-            return context.step(self._operator, operands, "f32", (*shape, channels), ints, floats)
+            return context.step(operator, operands, "f32", (*shape, channels), ints, floats)
         low, high = code_bounds(target.scale, target.low, target.high)
         last = target.scale
         own_scale = other_scale = sum_low = sum_high = 0.0
@@ -275,11 +288,39 @@ class IntegerLayer:
         if target.table is not None:
             operands.append(context.plan.add_constant(target.table))
         floats = (low, high, own_scale, other_scale, sum_low, sum_high)
-        return context.step(self._operator, operands, "u8", (*shape, padded_channels(channels)), ints, floats)
+        return context.step(operator, operands, "u8", (*shape, padded_channels(channels)), ints, floats)
 
     @property
     def _operator(self) -> str:
         return "conv_q8_depthwise" if self.is_depthwise else "conv_q8"
+
+    def _blocks(self, context: Lowering) -> list[Value] | None:
+        """Return index, values and start of blocks of four inputs, where skipping zero ones pays; else None."""
+        groups, outputs = self.matrices.shape[:2]
+        if groups != 1 or not self.matrices.size:
+            return None
+        rows = _in_four_columns(self.matrices[0]).reshape(outputs, -1, 4)
+        keep = rows.any(axis=2)
+        density = np.count_nonzero(keep) / keep.size
+        time = block_time(density, outputs, keep.shape[1])
+        name = str(node_argument(node_argument(self.node, 1), 0).target)
+        if time > _BLOCKS_BELOW:
+            if density < _WORTH_A_NOTE:
+                context.notes.append(
+                    f"{name}: dense, for its zeros do not pay here: {1 - density:.0%} of the 1x4 blocks are zero, "
+                    f"and skipping them would take {time:.2f} of the dense time"
+                )
+            return None
+        context.notes.append(f"{name}: int8 in 1x4 blocks, {1 - density:.0%} of them zero")
+        room = padded_channels(outputs) - outputs
+        index, values, start = pack_blocks(
+            np.pad(rows, ((0, room), (0, 0), (0, 0))), np.pad(keep, ((0, room), (0, 0)))
+        )
+        return [
+            context.plan.add_constant(index, "qblock_index"),
+            context.plan.add_constant(values, "qblock_values"),
+            context.plan.add_constant(start, "qblock_start"),
+        ]
 
     def _weight(self, context: Lowering) -> Value:
         if self.is_depthwise:
@@ -292,11 +333,47 @@ class IntegerLayer:
 
 def _pack_codes(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
     """Pack [outputs, taps, inputs], the inputs of each tap in fours."""
-    outputs, taps, inputs = matrix.shape
-    rows = np.pad(matrix, ((0, 0), (0, 0), (0, -inputs % 4))).reshape(outputs, taps * -(-inputs // 4) * 4)
+    outputs = matrix.shape[0]
+    rows = _in_four_columns(matrix)
     packed = np.zeros(_native.qgemm_packed_bytes(*rows.shape), np.int8)
     _native.qgemm_pack(np.ascontiguousarray(rows), packed, np.zeros(padded_channels(outputs), np.int32))
     return packed
+
+
+def _in_four_columns(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Return [outputs, taps, inputs] as rows, the inputs of each tap filled up to fours."""
+    outputs, taps, inputs = matrix.shape
+    room = -(-inputs // 4) * 4
+    return np.pad(matrix, ((0, 0), (0, 0), (0, room - inputs))).reshape(outputs, taps * room)
+
+
+def pack_blocks(
+    rows: NDArray[np.int8], keep: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.uint64]]:
+    """Pack rows [outputs, units, 4] of which `keep` [outputs, units] are not zero; see `kernels/qconvblock`."""
+    outputs, units = keep.shape
+    index, values, counts = [], [], []
+    for first in range(0, units, _CHUNK):
+        where = np.nonzero(keep[:, first : first + _CHUNK])
+        index.append(where[1].astype(np.uint8))
+        values.append(rows[:, first : first + _CHUNK][where])
+        counts.append(np.bincount(where[0], minlength=outputs))
+    start = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.uint64)
+    return np.concatenate(index), np.ascontiguousarray(np.concatenate(values).reshape(-1)), start
+
+
+def block_time(density: float, outputs: int, units: int) -> float:
+    """Return the time of a convolution in blocks as a part of the dense one's.
+
+    Measured on Zen 4 (docs/kernels.md): what is kept is read once for each product; each pixel's inputs are interleaved
+    once for all outputs, and each sum is put back in order once for all inputs.
+
+    Args:
+        density: The part of the blocks that is kept.
+        outputs: Output channels.
+        units: Fours of inputs, over all taps.
+    """
+    return _PER_KEPT * density + _PER_INPUT / max(outputs, 1) + _PER_OUTPUT / max(units, 1) + _FIXED
 
 
 def code_bounds(scale: Scale, low: float, high: float) -> tuple[float, float]:

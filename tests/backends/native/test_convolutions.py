@@ -18,7 +18,8 @@ from sqcompile.backends.native.session import NativeSession
 from sqcompile.calibration import Calibration
 from sqcompile.errors import InputError
 from sqcompile.passes import pipelines
-from sqcompile.pipeline import PassContext
+from sqcompile.passes.prune import ApplyMasks, MaskWeights
+from sqcompile.pipeline import Pass, PassContext
 from sqcompile.pipeline.manager import PassManager
 from sqcompile.program import Program
 from sqcompile.quantization.format import Format
@@ -203,6 +204,62 @@ def test_an_image_that_is_too_small_is_an_error(lower: Lower, load: Load) -> Non
         session.run([_random((1, 3, 8, 15))])
     x = _random((1, 3, 8, 16))
     torch.testing.assert_close(session.run([x])[0], program.run([x])[0].detach(), rtol=1e-5, atol=1e-6)
+
+
+class Wide(nn.Module):
+    """Convolutions with enough channels for zeros to pay, one of them with a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.point = nn.Conv2d(32, 64, 1)
+        self.square = nn.Conv2d(64, 64, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(64, 30, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.point(F.relu(self.stem(x))))
+        return self.last(F.relu(self.square(x)))
+
+
+def _pruned(sparsity: float) -> Program:
+    program = trace(_made(Wide), (_random((2, 3, 12, 12)),))
+    calibration = Calibration([_random((2, 3, 12, 12), seed) for seed in range(2)], program.signature)
+    masks: list[Pass] = [
+        MaskWeights(sparsity=sparsity, pattern="1x4", layers=("point", "square", "last")),
+        ApplyMasks(),
+    ]
+    PassManager([*masks, *pipelines.int8_static(equalize=False)]).run(
+        program, PassContext(calibration=calibration)
+    )
+    return program
+
+
+def test_blocks_of_zeros_are_skipped_where_that_pays(lower: Lower, load: Load) -> None:
+    program = _pruned(0.85)
+    artifact = lower(program)
+    session = load(artifact)
+    assert _steps(session)["conv_q8_block"] == 1, "the others have too few inputs or outputs"
+    assert any("square.weight" in note and "1x4 blocks, 85%" in note for note in artifact.notes)
+    _agrees(program, session, [_random((2, 3, 12, 12), seed) for seed in range(4)])
+    inputs = program.signature.bind((_random((2, 3, 12, 12)),), {})
+    results = [load(artifact, threads).run(inputs)[0] for threads in (1, 2, 3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_zeros_that_do_not_pay_are_said(lower: Lower, load: Load) -> None:
+    artifact = lower(_pruned(0.45))
+    assert not _steps(load(artifact))["conv_q8_block"]
+    assert sum("do not pay here" in note for note in artifact.notes) == 3
+    assert any("45% of the 1x4 blocks are zero" in note for note in artifact.notes)
+
+
+def test_a_profile_speaks_of_the_layers(lower: Lower, load: Load) -> None:
+    program = _pruned(0.85)
+    session = load(lower(program))
+    layers = dict.fromkeys(("stem", "point", "square", "last"), 1)
+    times = session.profile([_random((2, 3, 12, 12))], layers, runs=3)
+    assert times.keys() == layers.keys()
+    assert all(time > 0 for time in times.values())
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Any, Tensor], Tensor], tuple[int, ...]]] = {

@@ -22,11 +22,16 @@
 #include "bindings/common.h"
 #include "bindings/engine.h"
 #include "bindings/float_kernels.h"
+#include "kernels/fconv/fconv.h"
 #include "kernels/machine/machine.h"
 #include "kernels/q4gemm/q4gemm.h"
 #include "kernels/q4sparse/q4sparse.h"
+#include "kernels/qbinary/qbinary.h"
 #include "kernels/qblock/qblock.h"
+#include "kernels/qconvblock/qconvblock.h"
+#include "kernels/qdepthwise/qdepthwise.h"
 #include "kernels/qgemm/qgemm.h"
+#include "kernels/qimage/qimage.h"
 #include "kernels/qsparse/qsparse.h"
 #include "kernels/quantize/quantize.h"
 
@@ -82,6 +87,12 @@ nb::dict kernels() {
   result["qsparse"] = kernel_list(sqc::qsparse_kernels());
   result["q4sparse"] = kernel_list(sqc::q4sparse_kernels());
   result["qblock"] = kernel_list(sqc::qblock_kernels());
+  result["qconv"] = kernel_list(sqc::qconv_kernels());
+  result["qconvblock"] = kernel_list(sqc::qconvblock_kernels());
+  result["qdepthwise"] = kernel_list(sqc::qdepthwise_kernels());
+  result["fconv"] = kernel_list(sqc::fconv_kernels());
+  result["qbinary"] = kernel_list(sqc::qbinary_kernels());
+  result["qimage"] = kernel_list(sqc::qimage_kernels());
   list_float_kernels(result);
   return result;
 }

@@ -15,6 +15,7 @@
 #include "kernels/qbinary/qbinary.h"
 #include "kernels/qblock/qblock.h"
 #include "kernels/qconv/qconv.h"
+#include "kernels/qconvblock/qconvblock.h"
 #include "kernels/qdepthwise/qdepthwise.h"
 #include "kernels/qgemm/qgemm.h"
 #include "kernels/qimage/qimage.h"
@@ -42,6 +43,7 @@ struct Kernels {
         qbinary(qbinary_kernel(isa)),
         qblock(qblock_kernel(isa)),
         qconv(qconv_kernel(isa)),
+        qconvblock(qconvblock_kernel(isa)),
         qdepthwise(qdepthwise_kernel(isa)),
         qimage(qimage_kernel(isa)),
         rope(rope_kernel(isa)),
@@ -62,6 +64,7 @@ struct Kernels {
   Kernel<QbinaryFunction> qbinary;
   Kernel<QblockFunction> qblock;
   Kernel<QconvFunction> qconv;
+  Kernel<QconvblockFunction> qconvblock;
   Kernel<QdepthwiseFunction> qdepthwise;
   Kernel<QimageFunction> qimage;
   Kernel<RopeFunction> rope;

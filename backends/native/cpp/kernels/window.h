@@ -52,21 +52,38 @@ static void point_at_taps(const Window& w, const T* x, std::int64_t pixel, const
     return;
   }
   std::int64_t ox = first % w.out_w, oy = first / w.out_w % w.out_h, image = first / w.out_w / w.out_h;
-  for (std::int64_t r = 0; r < rows; ++r) {
+  // Output pixels of one row at a time: at a tap, those that see something lie together.
+  for (std::int64_t r = 0; r < rows;) {
+    const std::int64_t count = w.out_w - ox < rows - r ? w.out_w - ox : rows - r;
     const T* base = x + image * w.in_h * w.in_w * pixel;
     const T** to = pointers + r;
     for (std::int64_t i = 0; i < w.kernel_h; ++i) {
       const std::int64_t y = window_place(oy * w.stride_h - w.pad_h + i * w.dilation_h, w.spread_h, w.in_h);
-      std::int64_t at = ox * w.stride_w - w.pad_w;
-      for (std::int64_t j = 0; j < w.kernel_w; ++j, at += w.dilation_w, to += capacity) {
-        const std::int64_t place = y < 0 ? -1 : window_place(at, w.spread_w, w.in_w);
-        *to = place < 0 ? zeros : base + (y * w.in_w + place) * pixel;
+      for (std::int64_t j = 0; j < w.kernel_w; ++j, to += capacity) {
+        const std::int64_t at = ox * w.stride_w - w.pad_w + j * w.dilation_w;
+        if (w.spread_w != 1) {
+          for (std::int64_t p = 0; p < count; ++p) {
+            const std::int64_t place = y < 0 ? -1 : window_place(at + p * w.stride_w, w.spread_w, w.in_w);
+            to[p] = place < 0 ? zeros : base + (y * w.in_w + place) * pixel;
+          }
+          continue;
+        }
+        std::int64_t begin = at >= 0 ? 0 : (-at + w.stride_w - 1) / w.stride_w;
+        std::int64_t end = at >= w.in_w || y < 0 ? 0 : (w.in_w - 1 - at) / w.stride_w + 1;
+        begin = begin < count ? begin : count;
+        end = end < count ? end : count;
+        for (std::int64_t p = 0; p < begin; ++p) to[p] = zeros;
+        if (begin < end) {
+          const std::int64_t step = w.stride_w * pixel;
+          const T* from = base + (y * w.in_w + at + begin * w.stride_w) * pixel;
+          for (std::int64_t p = begin; p < end; ++p, from += step) to[p] = from;
+        }
+        for (std::int64_t p = begin > end ? begin : end; p < count; ++p) to[p] = zeros;
       }
     }
-    if (++ox == w.out_w) {
-      ox = 0;
-      if (++oy == w.out_h) oy = 0, ++image;
-    }
+    r += count;
+    ox = 0;
+    if (++oy == w.out_h) oy = 0, ++image;
   }
 }
 

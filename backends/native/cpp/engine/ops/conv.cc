@@ -16,7 +16,10 @@ constexpr std::int64_t kMostTaps = std::int64_t{1} << 20;
 constexpr std::int64_t kMostChannels = std::int64_t{1} << 24;
 
 enum Int { kKernel, kStride = 2, kBefore = 4, kBehind = 6, kDilation = 8, kSpread = 10, kGroups = 12, kIn, kOut };
-enum CodeInt { kInZero = 15, kOutZero, kOtherZero };
+enum CodeInt { kInZero = 15, kOutZero, kOtherZero, kChunk };
+
+// Where the arrays by output begin: behind x and the weight.
+constexpr int kDenseArrays = 2, kBlockArrays = 4;
 
 std::int64_t round_up_to(std::int64_t n, std::int64_t unit) noexcept { return (n + unit - 1) / unit * unit; }
 
@@ -52,11 +55,36 @@ Status wrong_weights(const char* what) noexcept {
   return Status::error(StatusCode::kDamaged, "the file is damaged: the weights of a convolution have wrong %s", what);
 }
 
+// Kernels follow starts and indices without looking.
+Status check_blocks(const PackedWeights& w, std::int64_t outputs, std::int64_t units) noexcept {
+  std::int64_t chunk = 0;
+  SQC_RETURN_IF_ERROR(w.integer(kChunk, &chunk));
+  if (chunk < 1 || chunk > kQconvblockMaxChunk) return wrong_weights("blocks");
+  const std::int64_t chunks = (units + chunk - 1) / chunk, starts = chunks * outputs + 1, count = w.bytes(1);
+  if (!w.is(1, DType::u8, Layout::qblock_index, count) || !w.is(2, DType::i8, Layout::qblock_values, count * 4) ||
+      !w.is(3, DType::u64, Layout::qblock_start, starts)) {
+    return wrong_weights("arrays");
+  }
+  const auto* index = w.data<std::uint8_t>(1);
+  const auto* start = w.data<std::uint64_t>(3);
+  if (start[0] != 0 || start[starts - 1] != static_cast<std::uint64_t>(count)) return wrong_weights("starts");
+  for (std::int64_t i = 0; i + 1 < starts; ++i) {
+    if (start[i] > start[i + 1] || start[i + 1] > static_cast<std::uint64_t>(count)) return wrong_weights("starts");
+    // The last chunk may be shorter.
+    const std::int64_t first = i / outputs * chunk, room = units - first < chunk ? units - first : chunk;
+    for (std::uint64_t b = start[i]; b < start[i + 1]; ++b) {
+      if (index[b] >= room) return wrong_weights("blocks");
+    }
+  }
+  return Status::ok();
+}
+
 }  // namespace
 
 Status check_convolution_weights(const Plan& plan, const format::Operator& step) noexcept {
   const auto id = static_cast<OperatorId>(step.kind);
-  const bool codes = id == OperatorId::conv_q8 || id == OperatorId::conv_q8_depthwise;
+  const bool blocks = id == OperatorId::conv_q8_block;
+  const bool codes = blocks || id == OperatorId::conv_q8 || id == OperatorId::conv_q8_depthwise;
   const bool depthwise = id == OperatorId::conv_depthwise || id == OperatorId::conv_q8_depthwise;
   if (!codes && id != OperatorId::conv && id != OperatorId::conv_depthwise) return Status::ok();
   const PackedWeights w(plan, step);
@@ -86,9 +114,15 @@ Status check_convolution_weights(const Plan& plan, const format::Operator& step)
     return Status::ok();
   }
   if (!depthwise) SQC_RETURN_IF_ERROR(qgemm_check_sizes(out, k));
-  if (!w.is(1, DType::i8, depthwise ? Layout::plain : Layout::qgemm, count)) return wrong_weights("arrays");
-  if (!w.is(2, DType::i32, Layout::panels, outputs) || !w.is(3, DType::i32, Layout::panels, outputs) ||
-      !w.is(4, DType::f32, Layout::panels, outputs) || !w.is(5, DType::f32, Layout::panels, outputs)) {
+  if (blocks) {
+    if (groups != 1) return wrong_weights("sizes");
+    SQC_RETURN_IF_ERROR(check_blocks(w, outputs, k / 4));
+  } else if (!w.is(1, DType::i8, depthwise ? Layout::plain : Layout::qgemm, count)) {
+    return wrong_weights("arrays");
+  }
+  const int arrays = blocks ? kBlockArrays : kDenseArrays;
+  if (!w.is(arrays, DType::i32, Layout::panels, outputs) || !w.is(arrays + 1, DType::i32, Layout::panels, outputs) ||
+      !w.is(arrays + 2, DType::f32, Layout::panels, outputs) || !w.is(arrays + 3, DType::f32, Layout::panels, outputs)) {
     return wrong_weights("scales");
   }
   return Status::ok();
@@ -156,7 +190,8 @@ bool is_image_like(const Operands& c, int i, const Tensor& y, std::int64_t chann
          image.shape[3] >= channels;
 }
 
-QconvOutput code_output(const Operands& c) noexcept {
+// `arrays` is the input with the first array by output: sums. The other image is four behind it, the table five.
+QconvOutput code_output(const Operands& c, int arrays) noexcept {
   QconvOutput y = {};
   y.stride = c.out().shape[3];
   y.low = static_cast<float>(c.number(0));
@@ -167,11 +202,11 @@ QconvOutput code_output(const Operands& c) noexcept {
   y.sum_high = static_cast<float>(c.number(5));
   y.zero = static_cast<std::int32_t>(c.integer(kOutZero));
   y.other_zero = static_cast<std::int32_t>(c.integer(kOtherZero));
-  if (c.has(6)) y.other_stride = c.in(6).shape[3];
+  if (c.has(arrays + 4)) y.other_stride = c.in(arrays + 4).shape[3];
   return y;
 }
 
-QconvParams code_params(const Operands& c, const Window& window) noexcept {
+QconvParams code_params(const Operands& c, const Window& window, int arrays) noexcept {
   QconvParams p = {};
   p.window = window;
   p.groups = c.integer(kGroups);
@@ -179,7 +214,7 @@ QconvParams code_params(const Operands& c, const Window& window) noexcept {
   p.out_channels = c.integer(kOut);
   p.x_stride = c.in(0).shape[3];
   p.x_zero = static_cast<std::int32_t>(c.integer(kInZero));
-  p.y = code_output(c);
+  p.y = code_output(c, arrays);
   return p;
 }
 
@@ -189,7 +224,7 @@ QdepthwiseParams depthwise_params(const Operands& c, const Window& window) noexc
   p.channels = c.integer(kGroups);
   p.x_stride = c.in(0).shape[3];
   p.x_zero = static_cast<std::int32_t>(c.integer(kInZero));
-  p.y = code_output(c);
+  p.y = code_output(c, kDenseArrays);
   return p;
 }
 
@@ -203,19 +238,52 @@ bool are_bounds(double low, double high, std::int64_t zero) noexcept {
 }
 
 template <class Params>
-void set_data(const RunContext& c, Params* p) noexcept {
+void set_data(const RunContext& c, int arrays, Params* p) noexcept {
   p->x = c.in(0).data;
   p->weights = c.in(1).as<std::int8_t>();
-  p->bias = c.in(3).as<std::int32_t>();
-  p->scale = c.in(4).as<float>();
-  p->offset = c.in(5).as<float>();
+  p->bias = c.in(arrays + 1).as<std::int32_t>();
+  p->scale = c.in(arrays + 2).as<float>();
+  p->offset = c.in(arrays + 3).as<float>();
   if (c.out().dtype == DType::f32) {
     p->y.values = c.out().as<float>();
   } else {
     p->y.codes = c.out().data;
   }
-  p->y.other = c.has(6) ? c.in(6).data : nullptr;
-  p->y.table = c.has(7) ? c.in(7).data : nullptr;
+  p->y.other = c.has(arrays + 4) ? c.in(arrays + 4).data : nullptr;
+  p->y.table = c.has(arrays + 5) ? c.in(arrays + 5).data : nullptr;
+}
+
+}  // namespace
+
+namespace {
+
+Status check_codes(PrepareContext& c, const Window& window, int arrays, bool depthwise) noexcept {
+  const Tensor &x = c.in(0), &y = c.out();
+  const std::int64_t groups = c.integer(kGroups), in = c.integer(kIn), channels = groups * c.integer(kOut);
+  const std::int64_t read = depthwise ? round_up_to(groups, 16) : groups * round_up_to(in, 4);
+  const int other = arrays + 4, table = arrays + 5;
+  SQC_REQUIRE(x.dtype == DType::u8 && x.layout == Layout::plain && window.batch >= 0);
+  SQC_REQUIRE(depthwise || groups == 1 || in % 4 == 0);
+  SQC_REQUIRE(x.shape[3] >= read && is_code(c.integer(kInZero)));
+  if (y.dtype == DType::f32) {
+    SQC_REQUIRE(!c.has(other) && !c.has(table) && y.shape[3] == channels);
+    return Status::ok();
+  }
+  const std::int64_t zero = c.integer(kOutZero), other_zero = c.integer(kOtherZero);
+  SQC_REQUIRE(y.dtype == DType::u8 && y.shape[3] == round_up_to(channels, 16) && is_code(zero));
+  if (c.has(other)) {
+    // The sum has the output's zero point; codes before it only have to stay whole numbers of a few digits.
+    SQC_REQUIRE(is_image_like(c, other, y, y.shape[3]) && is_code(other_zero));
+    SQC_REQUIRE(are_bounds(c.number(4), c.number(5), zero));
+    SQC_REQUIRE(c.number(0) >= -255.0 && c.number(1) <= 255.0 && c.number(0) <= c.number(1));
+  } else {
+    SQC_REQUIRE(are_bounds(c.number(0), c.number(1), zero));
+  }
+  if (c.has(table)) {
+    SQC_REQUIRE(c.in(table).dtype == DType::u8 && c.in(table).layout == Layout::plain && c.in(table).is_contiguous());
+    SQC_REQUIRE(c.in(table).count() == 256);
+  }
+  return Status::ok();
 }
 
 }  // namespace
@@ -226,45 +294,32 @@ void set_data(const RunContext& c, Params* p) noexcept {
 // lowest and highest result, the scales of result and other image, the lowest and highest sum. Output u8
 // [N, H', W', P'], or f32 [N, H', W', O] without other image and table.
 Status prepare_conv_q8(PrepareContext& c) noexcept {
-  const Tensor &x = c.in(0), &y = c.out();
-  SQC_REQUIRE(x.dtype == DType::u8 && x.layout == Layout::plain);
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
-  const std::int64_t groups = c.integer(kGroups), in = c.integer(kIn), channels = groups * c.integer(kOut);
   const bool depthwise = is_depthwise(c);
-  const std::int64_t read = depthwise ? round_up_to(groups, 16) : groups * round_up_to(in, 4);
-  SQC_REQUIRE(depthwise || groups == 1 || in % 4 == 0);
-  SQC_REQUIRE(x.shape[3] >= read && is_code(c.integer(kInZero)));
-  if (y.dtype == DType::f32) {
-    SQC_REQUIRE(!c.has(6) && !c.has(7) && y.shape[3] == channels);
-  } else {
-    const std::int64_t zero = c.integer(kOutZero), other_zero = c.integer(kOtherZero);
-    SQC_REQUIRE(y.dtype == DType::u8 && y.shape[3] == round_up_to(channels, 16) && is_code(zero));
-    if (c.has(6)) {
-      // The sum has the output's zero point; codes before it only have to stay whole numbers of a few digits.
-      SQC_REQUIRE(is_image_like(c, 6, y, y.shape[3]) && is_code(other_zero));
-      SQC_REQUIRE(are_bounds(c.number(4), c.number(5), zero));
-      SQC_REQUIRE(c.number(0) >= -255.0 && c.number(1) <= 255.0 && c.number(0) <= c.number(1));
-    } else {
-      SQC_REQUIRE(are_bounds(c.number(0), c.number(1), zero));
-    }
-    if (c.has(7)) {
-      SQC_REQUIRE(c.in(7).dtype == DType::u8 && c.in(7).layout == Layout::plain && c.in(7).is_contiguous());
-      SQC_REQUIRE(c.in(7).count() == 256);
-    }
-  }
+  SQC_RETURN_IF_ERROR(check_codes(c, window, kDenseArrays, depthwise));
   c.accept_packed();
   c.need_scratch((depthwise ? qdepthwise_scratch_bytes(depthwise_params(c, window))
-                            : qconv_scratch_bytes(code_params(c, window))) * c.threads);
+                            : qconv_scratch_bytes(code_params(c, window, kDenseArrays))) * c.threads);
+  return Status::ok();
+}
+
+// The same with the weight in three inputs: index, values, start. One more of the ints: units of a chunk.
+Status prepare_conv_q8_block(PrepareContext& c) noexcept {
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  SQC_RETURN_IF_ERROR(check_codes(c, window, kBlockArrays, false));
+  c.accept_packed();
+  c.need_scratch(qconvblock_scratch_bytes(code_params(c, window, kBlockArrays)) * c.threads);
   return Status::ok();
 }
 
 Status run_conv_q8(RunContext& c) noexcept {
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
-  QconvParams p = code_params(c, window);
-  set_data(c, &p);
-  p.sum = c.in(2).as<std::int32_t>();
+  QconvParams p = code_params(c, window, kDenseArrays);
+  set_data(c, kDenseArrays, &p);
+  p.sum = c.in(kDenseArrays).as<std::int32_t>();
   return qconv(c.pool, c.kernels.qconv, p, c.scratch);
 }
 
@@ -272,8 +327,18 @@ Status run_conv_q8_depthwise(RunContext& c) noexcept {
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
   QdepthwiseParams p = depthwise_params(c, window);
-  set_data(c, &p);
+  set_data(c, kDenseArrays, &p);
   return qdepthwise(c.pool, c.kernels.qdepthwise, p, c.scratch);
+}
+
+Status run_conv_q8_block(RunContext& c) noexcept {
+  Window window;
+  SQC_RETURN_IF_ERROR(read_window(c, &window));
+  QconvblockParams p = {code_params(c, window, kBlockArrays), c.integer(kChunk), c.in(1).as<std::uint8_t>(),
+                        c.in(2).as<std::int8_t>(), c.in(3).as<std::uint64_t>()};
+  set_data(c, kBlockArrays, &p.dense);
+  p.dense.sum = c.in(kBlockArrays).as<std::int32_t>();
+  return qconvblock(c.pool, c.kernels.qconvblock, p, c.scratch);
 }
 
 }  // namespace sqc

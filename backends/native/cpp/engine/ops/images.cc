@@ -157,6 +157,20 @@ std::uint8_t larger(std::uint8_t m, std::uint8_t v) noexcept { return v > m ? v 
 std::int8_t larger(std::int8_t m, std::int8_t v) noexcept { return v > m ? v : m; }
 float larger(float m, float v) noexcept { return v > m || v != v ? v : m; }
 
+// The largest of each of Channels neighbouring channels.
+template <typename T, std::int64_t Channels>
+void largest_of(const T* from, const Tensor& x, const Places& rows, const Places& columns, T lowest, T* to) noexcept {
+  T found[Channels];
+  for (std::int64_t k = 0; k < Channels; ++k) found[k] = lowest;
+  for (std::int64_t i = rows.first; i < rows.end; i += rows.step) {
+    for (std::int64_t j = columns.first; j < columns.end; j += columns.step) {
+      const T* pixel = from + (i * x.shape[2] + j) * x.shape[3];
+      for (std::int64_t k = 0; k < Channels; ++k) found[k] = larger(found[k], pixel[k]);
+    }
+  }
+  for (std::int64_t k = 0; k < Channels; ++k) to[k] = found[k];
+}
+
 template <typename T>
 Status pool_largest(RunContext& c, T lowest) noexcept {
   const Tensor &x = c.in(0), &y = c.out();
@@ -168,19 +182,12 @@ Status pool_largest(RunContext& c, T lowest) noexcept {
     const Places columns = places(pixel % y.shape[2], c.integer(kStride + 1), c.integer(kPadding + 1),
                                   c.integer(kDilation + 1), c.integer(kKernel + 1), x.shape[2]);
     T* to = y.as<T>() + pixel * channels;
-    bool first = true;
-    for (std::int64_t i = rows.first; i < rows.end; i += rows.step) {
-      for (std::int64_t j = columns.first; j < columns.end; j += columns.step) {
-        const T* from = x.as<T>() + ((image * x.shape[1] + i) * x.shape[2] + j) * channels;
-        if (first) {
-          std::memcpy(to, from, static_cast<std::size_t>(channels) * sizeof(T));
-        } else {
-          for (std::int64_t k = 0; k < channels; ++k) to[k] = larger(to[k], from[k]);
-        }
-        first = false;
-      }
-    }
-    for (std::int64_t k = 0; first && k < channels; ++k) to[k] = lowest;
+    const T* from = x.as<T>() + image * x.shape[1] * x.shape[2] * channels;
+    // Some channels at a time, in registers.
+    constexpr std::int64_t kChannels = 64 / sizeof(T);
+    std::int64_t k = 0;
+    for (; k + kChannels <= channels; k += kChannels) largest_of<T, kChannels>(from + k, x, rows, columns, lowest, to + k);
+    for (; k < channels; ++k) largest_of<T, 1>(from + k, x, rows, columns, lowest, to + k);
   });
 }
 

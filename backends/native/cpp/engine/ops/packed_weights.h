@@ -20,6 +20,14 @@ class PackedWeights {
            plan_.tensors[value->source].bytes == static_cast<std::uint64_t>(count * dtype_bytes(dtype));
   }
   bool has(int i) const noexcept { return i < step_.inputs && plan_.lists[step_.first_list + i] != format::kNone; }
+  std::int64_t bytes(int i) const noexcept {
+    const format::Value* value = find(i);
+    return value == nullptr ? 0 : static_cast<std::int64_t>(plan_.tensors[value->source].bytes);
+  }
+  template <typename T>
+  const T* data(int i) const noexcept {
+    return reinterpret_cast<const T*>(plan_.file + plan_.tensors[find(i)->source].offset);
+  }
   // A whole-number operand that does not depend on a call.
   Status integer(int i, std::int64_t* value) const noexcept {
     return evaluate_size(plan_, plan_.lists[step_.first_list + step_.inputs + step_.outputs + i], nullptr, value);

@@ -24,15 +24,15 @@ struct Requantizer {
         zero(S::set_i(y.zero)),
         other_zero(S::set_i(y.other_zero)) {}
 
-  // Sixteen codes of values in steps; `other` are the codes to add, or null. Bounds come before rounding, which
-  // changes nothing, since they are whole numbers, and keeps lanes inside int32.
-  SQC_INLINE typename S::I32 codes(typename S::F32 value, const std::uint8_t* other) const {
-    typename S::I32 code = S::round_i(S::min_f(S::max_f(value, low), high));
-    if (other != nullptr) {
-      const auto added = S::mul_f(S::to_float(S::sub_i(S::load_u8(other), other_zero)), other_scale);
-      code = S::round_i(S::min_f(S::max_f(S::fma_f(S::to_float(code), own_scale, added), sum_low), sum_high));
-    }
-    return S::add_i(code, zero);
+  // Sixteen codes of values in steps. Bounds come before rounding, which changes nothing, since they are whole
+  // numbers, and keeps lanes inside int32.
+  SQC_INLINE typename S::I32 steps(typename S::F32 value) const { return S::round_i(S::min_f(S::max_f(value, low), high)); }
+  SQC_INLINE typename S::I32 codes(typename S::F32 value) const { return S::add_i(steps(value), zero); }
+  // The same with the codes of another image added.
+  SQC_INLINE typename S::I32 codes(typename S::F32 value, typename S::I32 other) const {
+    const auto added = S::mul_f(S::to_float(S::sub_i(other, other_zero)), other_scale);
+    const auto total = S::fma_f(S::to_float(steps(value)), own_scale, added);
+    return S::add_i(S::round_i(S::min_f(S::max_f(total, sum_low), sum_high)), zero);
   }
 };
 
@@ -52,11 +52,23 @@ static SQC_INLINE void store_codes(std::uint8_t* to, std::int64_t count, typenam
   std::memcpy(to, bytes, static_cast<std::size_t>(count < 16 ? count : 16));
 }
 
-// Sixteen bytes of the other image; near the end of a pixel only `count` of them are its own.
-static SQC_INLINE const std::uint8_t* other_bytes(const std::uint8_t* other, std::int64_t count, std::uint8_t* room) {
-  if (other == nullptr || count >= 16) return other;
-  std::memcpy(room, other, static_cast<std::size_t>(count));
-  return room;
+// Values of sixteen channels to y, `count` of which are wanted; there are 16 bytes of the other image to read.
+template <class S, bool Adds>
+static SQC_INLINE void finish_codes(const Requantizer<S>& requantizer, const QconvOutput& y, std::int64_t pixel,
+                                    std::int64_t channel, std::int64_t count, typename S::F32 value) {
+  typename S::I32 codes;
+  if constexpr (Adds) {
+    const std::uint8_t* other = y.other + pixel * y.other_stride + channel;
+    std::uint8_t room[16] = {};
+    if (count < 16) {
+      std::memcpy(room, other, static_cast<std::size_t>(count));
+      other = room;
+    }
+    codes = requantizer.codes(value, S::load_u8(other));
+  } else {
+    codes = requantizer.codes(value);
+  }
+  store_codes<S>(y.codes + pixel * y.stride + channel, count, codes, y.table);
 }
 
 }  // namespace

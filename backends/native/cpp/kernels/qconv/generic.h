@@ -3,8 +3,7 @@
 #ifndef SQC_KERNELS_QCONV_GENERIC_H_
 #define SQC_KERNELS_QCONV_GENERIC_H_
 
-#include "kernels/epilogue.h"
-#include "kernels/qconv/finish.h"
+#include "kernels/qconv/finish_panel.h"
 #include "kernels/qconv/qconv.h"
 
 namespace sqc {
@@ -12,12 +11,14 @@ namespace {
 
 // One group of a convolution as a matrix product. Where kernel columns lie beside each other in memory and no
 // window reaches over the border, a row of the kernel is one tap with as many channels.
+template <class S>
 struct QconvProduct {
   Window window;
   std::int64_t taps, run;                 // bytes that a tap multiplies, in fours
   std::int64_t panels, panel_bytes;
   const std::uint8_t* zeros;
   const std::uint8_t** pointers;          // [taps][kQconvRows]
+  const Requantizer<S>* requantizer;
 };
 
 static inline bool rows_of_taps_adjoin(const QconvParams& p) {
@@ -26,41 +27,9 @@ static inline bool rows_of_taps_adjoin(const QconvParams& p) {
          (w.out_w - 1) * w.stride_w + w.kernel_w <= w.in_w;
 }
 
-// Sums of one output panel for `rows` rows, to y.
-template <class S>
-static void finish_rows(const QconvParams& p, std::int64_t group, std::int64_t panel, std::int64_t m, std::int64_t rows,
-                        const std::int32_t* sums, std::int64_t sum_stride) {
-  const std::int64_t channel = group * p.out_channels + panel * 16, left = p.out_channels - panel * 16;
-  const std::int64_t packed = (group * ((p.out_channels + 15) / 16) + panel) * 16;
-  auto bias = S::load_i(p.bias + packed);
-  if constexpr (S::kActOffset != 0) {
-    bias = S::add_i(bias, S::mul_i(S::load_i(p.sum + packed), S::set_i(S::kActOffset)));
-  }
-  const auto scale = S::load_f(p.scale + packed), offset = S::load_f(p.offset + packed);
-  const QconvOutput& y = p.y;
-  if (y.values != nullptr) {
-    const auto low = S::set_f(y.low), high = S::set_f(y.high);
-    for (std::int64_t r = 0; r < rows; ++r, sums += sum_stride) {
-      const auto value = S::fma_f(S::to_float(S::add_i(S::load_i(sums), bias)), scale, offset);
-      store_clamped<S>(y.values + (m + r) * y.stride + channel, left, value, low, high);
-    }
-    return;
-  }
-  const Requantizer<S> requantizer(y);
-  // Of one group the channels behind the last one are written too; their weights are zero.
-  const std::int64_t count = p.groups == 1 ? 16 : left;
-  std::uint8_t room[16] = {};
-  for (std::int64_t r = 0; r < rows; ++r, sums += sum_stride) {
-    const auto value = S::fma_f(S::to_float(S::add_i(S::load_i(sums), bias)), scale, offset);
-    const std::uint8_t* other = y.other == nullptr ? nullptr : y.other + (m + r) * y.other_stride + channel;
-    store_codes<S>(y.codes + (m + r) * y.stride + channel, count, requantizer.codes(value, other_bytes(other, count, room)),
-                   y.table);
-  }
-}
-
 // Rows x Panels sums in registers. `rows` are the pointers of the first row at the first tap.
 template <class S, int Rows, int Panels>
-static void qconv_tile(const QconvParams& p, const QconvProduct& c, std::int64_t group, std::int64_t panel, std::int64_t m,
+static void qconv_tile(const QconvParams& p, const QconvProduct<S>& c, std::int64_t group, std::int64_t panel, std::int64_t m,
                        const std::uint8_t* const* rows) {
   const std::int8_t* b = p.weights + (group * c.panels + panel) * c.panel_bytes;
   typename S::Acc acc[Rows][Panels];
@@ -82,11 +51,11 @@ static void qconv_tile(const QconvParams& p, const QconvProduct& c, std::int64_t
   SQC_UNROLL for (int r = 0; r < Rows; ++r) {
     SQC_UNROLL for (int q = 0; q < Panels; ++q) S::store_i(sums[r][q], S::reduce(acc[r][q]));
   }
-  for (int q = 0; q < Panels; ++q) finish_rows<S>(p, group, panel + q, m, Rows, sums[0][q], Panels * 16);
+  for (int q = 0; q < Panels; ++q) finish_panel<S>(p, *c.requantizer, group, panel + q, m, Rows, sums[0][q], Panels * 16);
 }
 
 template <class S, int MaxRows, int Panels>
-static SQC_INLINE void qconv_rows(std::int64_t rows, const QconvParams& p, const QconvProduct& c, std::int64_t group,
+static SQC_INLINE void qconv_rows(std::int64_t rows, const QconvParams& p, const QconvProduct<S>& c, std::int64_t group,
                                   std::int64_t panel, std::int64_t m, const std::uint8_t* const* pointers) {
   if constexpr (MaxRows > 1) {
     if (rows < MaxRows) return qconv_rows<S, MaxRows - 1, Panels>(rows, p, c, group, panel, m, pointers);
@@ -96,7 +65,7 @@ static SQC_INLINE void qconv_rows(std::int64_t rows, const QconvParams& p, const
 
 // `rows` rows whose pointers are there, in blocks that differ by at most one row.
 template <class S, int MaxRows, int Panels>
-static void qconv_strip(const QconvParams& p, const QconvProduct& c, std::int64_t group, std::int64_t panel, std::int64_t m,
+static void qconv_strip(const QconvParams& p, const QconvProduct<S>& c, std::int64_t group, std::int64_t panel, std::int64_t m,
                         std::int64_t rows) {
   const std::int64_t blocks = (rows + MaxRows - 1) / MaxRows;
   for (std::int64_t block = 0; block < blocks; ++block) {
@@ -107,7 +76,7 @@ static void qconv_strip(const QconvParams& p, const QconvProduct& c, std::int64_
 
 // Panels [begin, end) of a group: Rows4 x 4, Rows3 x 3, … sums are in registers; 0: not so many panels at once.
 template <class S, int Rows4, int Rows3, int Rows2, int Rows1>
-static void qconv_panels(const QconvParams& p, const QconvProduct& c, std::int64_t group, std::int64_t begin,
+static void qconv_panels(const QconvParams& p, const QconvProduct<S>& c, std::int64_t group, std::int64_t begin,
                          std::int64_t end, std::int64_t m, std::int64_t rows) {
   std::int64_t panel = begin;
   if constexpr (Rows4 > 0) {
@@ -125,7 +94,9 @@ static void qconv_panels(const QconvParams& p, const QconvProduct& c, std::int64
 template <class S, int Rows4, int Rows3, int Rows2, int Rows1>
 static void qconv_generic(const QconvParams& p, std::int64_t row_begin, std::int64_t row_end, std::int64_t panel_begin,
                           std::int64_t panel_end, std::uint8_t* scratch) {
-  QconvProduct c = {};
+  QconvProduct<S> c = {};
+  const Requantizer<S> requantizer(p.y);
+  c.requantizer = &requantizer;
   c.window = p.window;
   c.run = (p.in_channels + 3) / 4 * 4;
   c.panels = (p.out_channels + 15) / 16;

@@ -22,7 +22,9 @@ bool side_fits(std::int64_t in, std::int64_t out, std::int64_t kernel, std::int6
          fits(1, dilation) && fits(1, spread);
 }
 
-Status check(const QconvParams& p) noexcept {
+}  // namespace
+
+Status check_qconv(const QconvParams& p) noexcept {
   SQC_RETURN_IF_ERROR(check_window(p.window));
   if (p.groups < 1 || p.in_channels < 0 || p.out_channels < 0) return invalid("a number of channels is wrong");
   const std::int64_t run = (p.in_channels + 3) / 4 * 4;
@@ -37,8 +39,6 @@ Status check(const QconvParams& p) noexcept {
   if (p.y.other != nullptr && p.y.other_stride < written) return invalid("the other image's stride is less than the channels");
   return Status::ok();
 }
-
-}  // namespace
 
 Status check_window(const Window& w) noexcept {
   if (w.batch < 0 || !side_fits(w.in_h, w.out_h, w.kernel_h, w.stride_h, w.pad_h, w.dilation_h, w.spread_h) ||
@@ -58,7 +58,7 @@ std::int64_t qconv_scratch_bytes(const QconvParams& p) noexcept {
 }
 
 Status qconv(ThreadPool& pool, const Kernel<QconvFunction>& kernel, const QconvParams& p, std::uint8_t* scratch) noexcept {
-  SQC_RETURN_IF_ERROR(check(p));
+  SQC_RETURN_IF_ERROR(check_qconv(p));
   const std::int64_t rows = p.window.rows(), group_panels = (p.out_channels + 15) / 16, panels = p.groups * group_panels;
   if (rows == 0 || panels == 0) return Status::ok();
   const int threads = pool.threads();

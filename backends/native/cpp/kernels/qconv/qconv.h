@@ -86,6 +86,9 @@ std::int64_t qconv_scratch_bytes(const QconvParams& params) noexcept;
 Status qconv(ThreadPool& pool, const Kernel<QconvFunction>& kernel, const QconvParams& params,
              std::uint8_t* scratch) noexcept;
 
+// What qconv checks, for the family that computes the same from other forms of the weights.
+Status check_qconv(const QconvParams& params) noexcept;
+
 // Whether sizes are in the bounds of every convolution here: none negative, and no product of them overflows.
 Status check_window(const Window& window) noexcept;
 

@@ -152,6 +152,7 @@ struct Simd {
   struct Tile {
     int8x16_t v[4];
   };
+  static constexpr bool kHasQuads = false;
   static constexpr std::int32_t kActOffset = 128;  // sdot takes signed bytes
 
   static SQC_INLINE int8x16_t broadcast4(const void* p) {

@@ -185,6 +185,7 @@ struct Simd {
   struct Tile {
     std::int8_t v[64];
   };
+  static constexpr bool kHasQuads = false;
   static constexpr std::int32_t kActOffset = 0;
 
   static SQC_INLINE Acc zero() { return set_i(0); }

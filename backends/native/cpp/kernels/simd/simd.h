@@ -28,6 +28,8 @@
 //   merge<Shift, Bit>(low, high): bytes whose lowest two bits are those at Shift of `low`, and whose third is the
 //     one at Bit of `high`.
 //
+// Where kHasQuads, 64 channels are taken at once, with the bytes of four places together (kernels/qdepthwise).
+//
 // Sparse tiles are a mask of 64 bits, bit i for byte i of the tile, and the bytes whose bit is set:
 //
 //   expand(values, mask): a weight tile; other bytes are zero.

@@ -151,6 +151,7 @@ struct Simd {
   struct Tile {
     __m256i v[4];
   };
+  static constexpr bool kHasQuads = false;
   static constexpr std::int32_t kActOffset = 0;
 
   static SQC_INLINE Acc zero() {

@@ -135,6 +135,41 @@ struct Simd {
     }
   }
 
+  // Bytes of 64 channels at four places, and sums of their products; see qdepthwise.
+  static constexpr bool kHasQuads = true;
+  using Bytes = __m512i;
+  struct Quad {
+    __m512i v[4];
+  };
+  using QuadSums = Quad;
+  static SQC_INLINE Bytes no_bytes() { return _mm512_setzero_si512(); }
+  static SQC_INLINE Bytes load_bytes(const void* p, std::int64_t count) {
+    return count >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((std::uint64_t{1} << count) - 1, p);
+  }
+  static SQC_INLINE QuadSums no_sums() {
+    const __m512i z = _mm512_setzero_si512();
+    return {{z, z, z, z}};
+  }
+  // Within quarters of the registers: quarter q of v[j] has channels 16 q + 4 j and on.
+  static SQC_INLINE Quad interleave(const Bytes* a) {
+    const __m512i low01 = _mm512_unpacklo_epi8(a[0], a[1]), high01 = _mm512_unpackhi_epi8(a[0], a[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(a[2], a[3]), high23 = _mm512_unpackhi_epi8(a[2], a[3]);
+    return {{_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+             _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)}};
+  }
+  static SQC_INLINE void add_products(QuadSums& sums, const Quad& a, const Quad& w) {
+    SQC_UNROLL for (int j = 0; j < 4; ++j) sums.v[j] = _mm512_dpbusd_epi32(sums.v[j], a.v[j], w.v[j]);
+  }
+  // Puts the channels in order: v[q] has channels 16 q and on.
+  static SQC_INLINE void order(QuadSums& s) {
+    const __m512i a = _mm512_shuffle_i32x4(s.v[0], s.v[1], 0x44), b = _mm512_shuffle_i32x4(s.v[0], s.v[1], 0xee);
+    const __m512i c = _mm512_shuffle_i32x4(s.v[2], s.v[3], 0x44), d = _mm512_shuffle_i32x4(s.v[2], s.v[3], 0xee);
+    s.v[0] = _mm512_shuffle_i32x4(a, c, 0x88);
+    s.v[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    s.v[2] = _mm512_shuffle_i32x4(b, d, 0x88);
+    s.v[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+
   using AccT = __m512i;
   using ActS = __m512i;
   using TileT = __m512i;
