@@ -208,7 +208,8 @@ def llm(
     Args:
         bits: Bits a weight; 4 if there is no budget either.
         budget: Instead: `3.5 bits` a weight on average, scales included, or `700 MB`, both of all layers but
-            those; or `2 %`, the rise of the perplexity that is predicted.
+            those; `40 tokens/s`, by the kernel times of the native engine for these layers alone; or `2 %`, the
+            rise of the perplexity that is predicted.
         sparsity: Fraction of each weight to prune, or None; with a budget, of the layers that can bear it.
         pattern: Sparse pattern: `unstructured`, `2:4`, `1x4`, …
         group_size: Weights that share a scale.
@@ -287,18 +288,21 @@ def find_pipeline(name: str) -> Pipeline:
 
 def _read_budget(text: str) -> dict[str, Any]:
     """Return the option of `MixedPrecision` that a budget such as `3.5 bits`, `700 MB` or `2 %` stands for."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*(bits?|MB|GB|%)\s*", text)
+    match = re.fullmatch(r"\s*([\d.]+)\s*(bits?|MB|GB|tokens/s|%)\s*", text)
     number = float(match[1]) if match is not None and re.fullmatch(r"\d+(\.\d*)?|\.\d+", match[1]) else 0.0
     if match is None or number <= 0:
         raise RecipeError(
             f"'{text}' is no budget.",
             where="pipeline llm",
             seen=text,
-            expected="'3.5 bits' (a weight), '700 MB' or '1.5 GB' (of weights), or '2 %' (rise of the perplexity)",
+            expected="'3.5 bits' (a weight), '700 MB' or '1.5 GB' (of weights), '40 tokens/s', or '2 %' (rise of the "
+            "perplexity)",
             next_step="write one of these",
         )
     if match[2] == "%":
         return {"increase": number / 100}
+    if match[2] == "tokens/s":
+        return {"milliseconds": 1000 / number}
     if match[2] in ("MB", "GB"):
         return {"megabytes": number * (1000 if match[2] == "GB" else 1)}
     return {"bits": number}

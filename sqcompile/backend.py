@@ -15,7 +15,9 @@ from torch import fx
 from sqcompile.errors import BackendError, UnsupportedError, did_you_mean
 from sqcompile.program import Program
 from sqcompile.progress import Progress
+from sqcompile.quantization.format import Format
 from sqcompile.signature import Signature
+from sqcompile.sparsity import Pattern
 
 # Modules that define `BACKEND`, an instance; imported only when asked for, so that a missing runtime
 # hurts nobody who does not use it.
@@ -201,6 +203,22 @@ class Backend(ABC):
             expected="native",
             next_step="measure the native backend's kernels: sqcompile bench --kernels",
         )
+
+    def product_ns(
+        self, shape: tuple[int, int], format: Format, sparsity: float, pattern: Pattern
+    ) -> float | None:
+        """Return what the product of one row with a weight takes by the times measured for its kernels, in ns.
+
+        Args:
+            shape: The weight's, [O, K]; it is read from memory.
+            format: Format of the weight.
+            sparsity: Fraction of the weights, or of the blocks, that is zero.
+            pattern: Pattern of the zeros.
+
+        Returns:
+            The time in ns; None if the backend knows no times, or has no kernel of that format.
+        """
+        return None
 
     def facts(self) -> dict[str, str]:
         """Return what the backend runs on here, by name: versions, instruction set, threads."""

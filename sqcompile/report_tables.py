@@ -158,13 +158,13 @@ def _passes(report: Report) -> Table:
 
 
 def _frontier(record: PassRecord) -> Table:
-    """Return the best choices by size, with bars as long as the logarithm of what each is predicted to cost."""
+    """Return the best choices by cost, with bars as long as the logarithm of the loss predicted for each."""
     facts = record.facts
-    chosen = {"bits": facts["bits"], "predicted": facts["predicted"]}
+    chosen = {"cost": facts["cost"], "predicted": facts["predicted"]}
     others = [point for point in facts["frontier"] if point != chosen]
-    points = sorted([*others, chosen], key=lambda point: point["bits"])
-    title = f"What each size costs (predicted {facts['measure']})"
-    table = Table("bits a weight", "predicted", "", title=title, title_justify="left", box=None)
+    points = sorted([*others, chosen], key=lambda point: point["cost"])
+    title = f"What each budget would have lost (predicted {facts['measure']})"
+    table = Table(facts["unit"], "predicted", "", title=title, title_justify="left", box=None)
     losses = [point["predicted"] for point in points if point["predicted"] > 0]
     low, high = (math.log(min(losses)), math.log(max(losses))) if losses else (0.0, 0.0)
     for point in points:
@@ -173,7 +173,7 @@ def _frontier(record: PassRecord) -> Table:
         mark = " ◀ chosen" if point is chosen else ""
         _add_row(
             table,
-            f"{point['bits']:.2f}",
+            f"{point['cost']:.2f}",
             f"{point['predicted']:.3g}",
             bar + mark,
             style="bold" if mark else None,

@@ -237,13 +237,15 @@ class TestTexts:
 
     def test_the_frontier_is_drawn(self) -> None:
         points = [
-            {"bits": 3.0, "predicted": 0.1},
-            {"bits": 4.0, "predicted": 0.01},
-            {"bits": 9.0, "predicted": 0.0},
+            {"cost": 3.0, "predicted": 0.1},
+            {"cost": 4.0, "predicted": 0.01},
+            {"cost": 9.0, "predicted": 0.0},
         ]
-        facts = {"frontier": points, **points[1], "measure": "divergence"}
+        facts = {"frontier": points, **points[1], "measure": "divergence", "unit": "bits a weight"}
         lines = str(report([record("mixed-precision{bits=4}", None, facts=facts)])).splitlines()
-        start = next(number for number, line in enumerate(lines) if "What each size costs" in line)
+        start = next(
+            number for number, line in enumerate(lines) if "What each budget would have lost" in line
+        )
         bars = {line.split()[0]: line.count("█") for line in lines[start + 2 : start + 5]}
         assert bars == {"3.00": 40, "4.00": 1, "9.00": 1}
         assert [line.split()[0] for line in lines if "◀ chosen" in line] == ["4.00"]

@@ -11,6 +11,8 @@ from sqcompile.backend import Artifact, Backend, Session
 from sqcompile.errors import BackendError
 from sqcompile.program import Program
 from sqcompile.progress import Progress
+from sqcompile.quantization.format import Format
+from sqcompile.sparsity import Pattern
 
 
 class NativeBackend(Backend):
@@ -88,6 +90,18 @@ class NativeBackend(Backend):
 
         threads = check_threads(threads)
         return measure_kernels(threads=threads, progress=progress).save(cache_file(threads))
+
+    def product_ns(
+        self, shape: tuple[int, int], format: Format, sparsity: float, pattern: Pattern
+    ) -> float | None:
+        """Return what the product of one row with a weight takes by the times measured for its kernels, in ns."""
+        from sqcompile.backends.native.kernel_times import form_names, kernel_times
+
+        times, _ = kernel_times()
+        forms = form_names(format, sparsity, pattern)
+        return min(
+            (times.predict(form, 1, *shape, density, cached=False) for form, density in forms), default=None
+        )
 
     def facts(self) -> dict[str, str]:
         """Return the instruction set, the threads of a session, and by what times kernels are chosen."""

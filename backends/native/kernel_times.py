@@ -33,6 +33,8 @@ from sqcompile.backends.native.cpu import cpu_features
 from sqcompile.backends.native.kernels import default_isa
 from sqcompile.errors import FileError
 from sqcompile.files import atomic_file, require_file
+from sqcompile.quantization.format import Format, PerGroup
+from sqcompile.sparsity import Pattern
 
 VERSION = 1
 SHIPPED = Path(__file__).with_name("kernel_times.json")
@@ -172,6 +174,22 @@ class KernelTimes:
         if not math.isfinite(overhead) or overhead < 0 or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"overhead_ns {overhead}, threads {threads!r}")
         return cls(str(content["cpu"]), str(content["isa"]), threads, overhead, forms, path)
+
+
+def form_names(format: Format, sparsity: float, pattern: Pattern) -> list[tuple[str, float]]:
+    """Return the forms in which a weight may be stored, with the density of each; none if no kernel has its format."""
+    if isinstance(format.granularity, PerGroup):
+        forms = [(f"{format.bits}-bit", 1.0)]
+    elif format.bits == 8:
+        forms = [("int8", 1.0)]
+    else:
+        return []
+    dense = forms[0][0]
+    if sparsity and pattern.columns == pattern.rows == 1:
+        forms.append((f"{dense}, bitmask", 1 - sparsity))
+    elif sparsity:
+        forms.append((f"{dense} in {pattern} blocks", 1 - sparsity))
+    return [(form, density) for form, density in forms if form in FORMS]
 
 
 def _form(name: str, content: Any) -> FormTimes:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
+from sqcompile.backend import get_backend
 from sqcompile.errors import PassOptionError
 from sqcompile.levels import Level
 from sqcompile.mixed_precision import (
@@ -35,7 +37,7 @@ CANDIDATES = tuple(
     Candidate(Format(bits=bits, signed=False, symmetric=False, granularity=PerGroup(32)))
     for bits in (2, 3, 4, 8)
 )
-_BUDGETS = ("bits", "megabytes", "increase")
+_BUDGETS = ("bits", "megabytes", "milliseconds", "increase")
 
 
 class MixedPrecision(Pass):
@@ -63,6 +65,8 @@ class MixedPrecision(Pass):
         prune: The pass that prunes, for candidates that do: `sparse-gpt{sparsity=0.5}`.
         bits: Budget: bits a weight on average, scales and zero points included.
         megabytes: Instead: size of the chosen layers' weights in MB (10⁶ bytes), scales included.
+        milliseconds: Instead: the time of the chosen layers for one row of activations, such as one token, by the
+            kernel times of the native engine on this machine (`sqcompile bench --kernels` measures them).
         increase: Instead: the predicted rise of the perplexity as a fraction; the smallest choice within it.
         candidates: What each layer may become: formats, with `+50%`, `+2:4` or `+1x4:80%` behind those that prune.
         measure: `fisher` predicts the divergence from the dense model's distributions by one backward run;
@@ -82,6 +86,7 @@ class MixedPrecision(Pass):
     prune: Pass | None = None
     bits: float | None = None
     megabytes: float | None = None
+    milliseconds: float | None = None
     increase: float | None = None
     candidates: tuple[Candidate, ...] = CANDIDATES
     measure: Measure = "fisher"
@@ -134,11 +139,12 @@ class MixedPrecision(Pass):
             max_batches=self.max_batches,
             max_bytes=self.max_bytes,
         )
-        point = self._choose(table)
+        cost = _times(table) if self.milliseconds is not None else _sizes(table)
+        point = self._choose(table, cost)
         choice = {
             name: self.candidates[index] for name, index in zip(table.layers, point.choice, strict=True)
         }
-        context.remark("program", _summary(table, point, choice))
+        context.remark("program", _summary(table, cost, point, choice))
         changes = 0
         for kind in dict.fromkeys(candidate for candidate in choice.values() if candidate.prunes):
             same = kind.sparsity, kind.pattern
@@ -150,29 +156,35 @@ class MixedPrecision(Pass):
         given: Any = self.quantize
         quantize: Pass = dataclasses.replace(given, formats=(*given.formats, *formats))
         result = quantize.run(program, context)
-        return PassResult(changes + result.changes, facts={**result.facts, **_facts(table, point, choice)})
+        return PassResult(
+            changes + result.changes, facts={**result.facts, **_facts(table, cost, point, choice)}
+        )
 
-    def _choose(self, table: Sensitivity) -> Point:
-        weights = int(table.weights.sum())
-        impossible = ~np.isfinite(table.losses).any(1)
+    def _choose(self, table: Sensitivity, cost: _Cost) -> Point:
+        losses = np.where(np.isfinite(cost.matrix), table.losses, np.inf)
+        impossible = ~np.isfinite(losses).any(1)
         if impossible.any():
             name = table.layers[int(impossible.argmax())]
             raise PassOptionError(
                 f"{self.name} has no candidate that layer '{name}' can take.",
                 where=f"pass {self.name}",
                 seen=", ".join(str(candidate) for candidate in self.candidates),
-                expected="a scale a tensor, a channel or a group, and a pattern that divides the layer's sizes",
+                expected="a scale a tensor, a channel or a group, and a pattern that divides the layer's sizes"
+                + ("; kernels of the native engine" if self.milliseconds is not None else ""),
                 next_step="add a candidate such as int8:channel=0, or exclude the layer",
             )
+        costs = np.where(np.isfinite(losses), cost.matrix, 0.0)
         if self.increase is not None:
-            point = allocate_within(table.losses, table.bits, math.log1p(self.increase))
-            least = float(table.losses.min(1).sum())
-            closest = f"{math.expm1(least):.3g} or more: so much even the best formats add"
+            point = allocate_within(losses, costs, math.log1p(self.increase))
+            closest = (
+                f"{math.expm1(float(losses.min(1).sum())):.3g} or more: so much even the best formats add"
+            )
         else:
-            budget = self.bits * weights if self.bits is not None else 8e6 * (self.megabytes or 0.0)
-            point = allocate(table.losses, table.bits, budget)
-            least = float(np.where(np.isfinite(table.losses), table.bits, np.inf).min(1).sum())
-            closest = f"{least / weights:.4g} bits a weight, {least / 8e6:.4g} MB, or more: so much the smallest take"
+            budget = {"bits": cost.per_unit, "megabytes": 8e6, "milliseconds": cost.per_unit}
+            option = next(name for name in budget if getattr(self, name) is not None)
+            point = allocate(losses, costs, getattr(self, option) * budget[option])
+            least = float(np.where(np.isfinite(losses), costs, np.inf).min(1).sum())
+            closest = f"{least / budget[option]:.4g} {option} or more: so much the cheapest choice takes"
         if point is None:
             option = next(name for name in _BUDGETS if getattr(self, name) is not None)
             raise PassOptionError(
@@ -191,23 +203,55 @@ class MixedPrecision(Pass):
         return prune
 
 
-def _summary(table: Sensitivity, point: Point, choice: dict[str, Candidate]) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What candidates cost.
+
+    Attributes:
+        matrix: By layer and candidate, [L, C]; infinite where it is not known.
+        unit: What the sum is told in.
+        per_unit: How much of the sum makes one of these.
+    """
+
+    matrix: NDArray[np.float64]
+    unit: str
+    per_unit: float
+
+
+def _sizes(table: Sensitivity) -> _Cost:
+    return _Cost(table.bits, "bits a weight", float(table.weights.sum()))
+
+
+def _times(table: Sensitivity) -> _Cost:
+    native = get_backend("native")
+    matrix = [
+        [native.product_ns(shape, item.format, item.sparsity, item.pattern) for item in table.candidates]
+        for shape in table.shapes
+    ]
+    known = np.array([[np.inf if ns is None else ns for ns in row] for row in matrix])
+    return _Cost(known, "ms a row", 1e6)
+
+
+def _summary(table: Sensitivity, cost: _Cost, point: Point, choice: dict[str, Candidate]) -> str:
     counts = Counter(str(candidate) for candidate in choice.values())
     shares = ", ".join(f"{count} of {text}" for text, count in sorted(counts.items()))
-    bits = point.cost / int(table.weights.sum())
-    return f"takes {bits:.3f} bits a weight; predicted {table.measure} {point.loss:.3g}; layers: {shares}"
+    total = point.cost / cost.per_unit
+    return f"takes {total:.4g} {cost.unit}; predicted {table.measure} {point.loss:.3g}; layers: {shares}"
 
 
-def _facts(table: Sensitivity, point: Point, choice: dict[str, Candidate]) -> dict[str, Any]:
-    weights = int(table.weights.sum())
+def _facts(table: Sensitivity, cost: _Cost, point: Point, choice: dict[str, Candidate]) -> dict[str, Any]:
+    picked = np.arange(len(table.layers)), point.choice
+    losses = np.where(np.isfinite(cost.matrix), table.losses, np.inf)
     return {
         "choice": {name: str(candidate) for name, candidate in choice.items()},
-        "bits": point.cost / weights,
+        "bits": float(table.bits[picked].sum() / table.weights.sum()),
+        "cost": point.cost / cost.per_unit,
+        "unit": cost.unit,
         "predicted": point.loss,
         "measure": table.measure,
         "frontier": [
-            {"bits": item.cost / weights, "predicted": item.loss}
-            for item in frontier(table.losses, table.bits)
+            {"cost": item.cost / cost.per_unit, "predicted": item.loss}
+            for item in frontier(losses, np.where(np.isfinite(losses), cost.matrix, 0.0))
         ],
         "sensitivity": {
             name: {

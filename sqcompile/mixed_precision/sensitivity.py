@@ -51,7 +51,7 @@ class Sensitivity:
         candidates: The candidates.
         losses: By layer and candidate, [L, C]; infinite where a layer cannot take a candidate.
         bits: What each layer's weight takes in each candidate, [L, C].
-        weights: Weights of each layer, [L].
+        shapes: Shape of each layer's weight, [O, K].
         measure: How the losses were measured.
     """
 
@@ -59,8 +59,13 @@ class Sensitivity:
     candidates: tuple[Candidate, ...]
     losses: NDArray[np.float64]
     bits: NDArray[np.float64]
-    weights: NDArray[np.int64]
+    shapes: tuple[tuple[int, int], ...]
     measure: Measure
+
+    @property
+    def weights(self) -> NDArray[np.int64]:
+        """Weights of each layer, [L]."""
+        return np.array([outputs * inputs for outputs, inputs in self.shapes], dtype=np.int64)
 
 
 def measure_sensitivity(
@@ -115,7 +120,7 @@ def measure_sensitivity(
         tuple(candidates),
         losses,
         np.array(bits).reshape(losses.shape),
-        np.array([int(np.prod(shape)) for shape in shapes], dtype=np.int64),
+        tuple((outputs, inputs) for outputs, inputs in shapes),
         measure,
     )
 

@@ -180,15 +180,17 @@ def test_llm() -> None:
         ("1bit", {"bits": 1.0}),
         ("700 MB", {"megabytes": 700.0}),
         ("1.5GB", {"megabytes": 1500.0}),
+        ("40 tokens/s", {"milliseconds": 25.0}),
         ("2 %", {"increase": 0.02}),
     ],
 )
 def test_llm_takes_a_budget(budget: str, option: dict[str, float]) -> None:
     item = llm(budget=budget, sparsity=0.5)[-2]
     assert isinstance(item, MixedPrecision)
-    assert {name: getattr(item, name) for name in ("bits", "megabytes", "increase")} == {
+    assert {name: getattr(item, name) for name in ("bits", "megabytes", "milliseconds", "increase")} == {
         "bits": None,
         "megabytes": None,
+        "milliseconds": None,
         "increase": None,
         **option,
     }

@@ -132,10 +132,29 @@ def test_layers_left_out_get_what_the_quantizing_pass_says() -> None:
     assert formats(program)["0.little"] == "uint2:group=8"
 
 
+def test_a_budget_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times as the bits of a weight, but for the first candidate, which has no kernel."""
+    candidates = (Candidate.parse("int3:channel=0"), *FORMATS)
+
+    class Timed:
+        def product_ns(self, shape: tuple[int, int], format: Format, *zeros: Any) -> float | None:
+            return None if format == candidates[0].format else 1e6 * format.bits * shape[0] * shape[1] / 640
+
+    monkeypatch.setattr("sqcompile.passes.quantize.mixed_precision.get_backend", lambda name: Timed())
+    item = MixedPrecision(quantize=QUANTIZE, candidates=candidates, milliseconds=3.3)
+    facts = compiled(item)[1].facts
+    assert facts["cost"] <= 3.3 and facts["unit"] == "ms a row"
+    assert facts["choice"]["0.little"] == "uint2:group=8:affine"
+    assert "int3:channel=0" not in facts["choice"].values()
+    with pytest.raises(PassOptionError, match="cannot meet the budget") as caught:
+        compiled(MixedPrecision(quantize=QUANTIZE, candidates=candidates, milliseconds=1.9))
+    assert "2 milliseconds or more" in str(caught.value)
+
+
 def test_says_what_is_closest_to_a_budget() -> None:
     with pytest.raises(PassOptionError, match="cannot meet the budget") as caught:
         compiled(MixedPrecision(quantize=QUANTIZE, candidates=FORMATS, bits=6.0))
-    assert "6.25 bits a weight" in str(caught.value)  # two bits, and 34 of a scale and zero point for eight
+    assert "6.25 bits or more" in str(caught.value)  # two bits, and 34 of a scale and zero point for eight
     with pytest.raises(PassOptionError, match="cannot meet the budget") as caught:
         compiled(MixedPrecision(quantize=QUANTIZE, candidates=FORMATS, increase=1e-12))
     assert "even the best formats" in str(caught.value)
