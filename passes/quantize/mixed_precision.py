@@ -70,8 +70,8 @@ class MixedPrecision(Pass):
         increase: Instead: the predicted rise of the perplexity as a fraction; the smallest choice within it.
         candidates: What each layer may become: formats, with `+50%`, `+2:4` or `+1x4:80%` behind those that prune.
         measure: `fisher` predicts the divergence from the dense model's distributions by one backward run;
-            `divergence` measures it, one run of the model for each layer and candidate, and on the models of
-            docs/quantization.md chose no better; `error` is for models whose first output is no logits.
+            `divergence` measures it, one run of the model for each layer and candidate; `error` is for models
+            whose first output is no logits.
         layers: Patterns of the layers to choose for.
         exclude: Patterns of layers that get what `quantize` says; `kind:head`: those that make the outputs.
         max_batches: Batches on which losses are measured.
