@@ -12,7 +12,8 @@ from sqcompile.program import Program
 from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, inverse_factor, refit, sweep
-from sqcompile.second_order.pruning import prune_layers
+from sqcompile.second_order.allocation import Allocation
+from sqcompile.second_order.pruning import Share, prune_layers
 from sqcompile.second_order.sweep import chooser
 from sqcompile.sparsity import Pattern
 
@@ -30,10 +31,14 @@ class SparseGPT(Pass):
         pattern's.
     Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
         InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
-    Source: Frantar and Alistarh 2023, arXiv 2301.00774; the refit is the closed-form least-squares solution.
+    Source: Frantar and Alistarh 2023, arXiv 2301.00774; the refit is the closed-form least-squares solution;
+        `outliers`: Yin et al. 2023, arXiv 2310.05175.
 
     Attributes:
         sparsity: Fraction of each weight to zero, 0 ≤ s < 1. N:M patterns say it themselves.
+        allocation: How layers share the zeros: `uniform`; `outliers`: blocks with many outstanding weights keep more;
+            `sensitivity`: layers that lose less of their outputs lose more weights. Not with N:M patterns.
+        spread: How far the sparsity of a layer may be from the whole's, where it is not uniform.
         pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
         step: Columns that lose their share together; few, so that each is chosen after the others' changes.
         block: Columns whose changes are made at once; changes no result, only the time.
@@ -46,9 +51,10 @@ class SparseGPT(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
-    local: ClassVar[bool] = True
 
     sparsity: float | None = None
+    allocation: Allocation = "uniform"
+    spread: float = 0.08
     pattern: Pattern = Pattern()
     step: int = 16
     block: int = 128
@@ -62,6 +68,10 @@ class SparseGPT(Pass):
         mistake = self.pattern.sparsity_mistake(self.sparsity)
         if mistake is not None:
             raise self.reject_option("sparsity", mistake)
+        if self.allocation != "uniform" and self.pattern.m:
+            raise self.reject_option("allocation", f"uniform: the pattern {self.pattern} fixes the sparsity")
+        if not 0 < self.spread < 1:
+            raise self.reject_option("spread", "a fraction between 0 and 1")
         if self.step < 1 or self.step % max(self.pattern.m, self.pattern.columns, 1):
             raise self.reject_option("step", f"a multiple of the columns of the pattern {self.pattern}")
         if self.block < 1 or self.block % self.step:
@@ -69,13 +79,19 @@ class SparseGPT(Pass):
         if not self.damping > 0:
             raise self.reject_option("damping", "a positive number")
 
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        """Whether each layer is pruned by itself: to share zeros, all have to be compared."""
+        return self.allocation == "uniform"
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune layer after layer."""
         edit = Rewriter(program, self.name)
         sparsity = prune_layers(
             edit,
             context,
-            lambda weight, hessian: self._prune(weight, hessian, context),
+            lambda weight, hessian, sparsity: self._prune(weight, hessian, sparsity, context),
+            share=Share(self.sparsity, self.allocation, self.spread),
             pattern=self.pattern,
             layers=self.layers,
             exclude=self.exclude,
@@ -85,7 +101,9 @@ class SparseGPT(Pass):
         )
         return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
-    def _prune(self, weight: PrunableWeight, hessian: Hessian, context: PassContext) -> tuple[Tensor, Tensor]:
+    def _prune(
+        self, weight: PrunableWeight, hessian: Hessian, sparsity: float, context: PassContext
+    ) -> tuple[Tensor, Tensor]:
         where = f"layer '{weight.layer.name}'"
         factor, damping = inverse_factor(hessian.matrix, self.damping, where)
         if damping > self.damping:
@@ -95,7 +113,7 @@ class SparseGPT(Pass):
         swept = sweep(
             weight.dense,
             factor,
-            choose=chooser(self.pattern, self.sparsity or 0.0),
+            choose=chooser(self.pattern, sparsity),
             kept=weight.kept,
             step=self.pattern.m or self.step,
             block=self.block,

@@ -12,7 +12,8 @@ from sqcompile.program import Program
 from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, refit
-from sqcompile.second_order.pruning import prune_layers
+from sqcompile.second_order.allocation import Allocation
+from sqcompile.second_order.pruning import Share, prune_layers
 from sqcompile.sparsity import Pattern
 
 
@@ -29,10 +30,13 @@ class Wanda(Pass):
         pattern's.
     Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
         InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
-    Source: Sun et al. 2023, arXiv 2306.11695, equation 1.
+    Source: Sun et al. 2023, arXiv 2306.11695, equation 1; `outliers`: Yin et al. 2023, arXiv 2310.05175.
 
     Attributes:
         sparsity: Fraction of each output's weights to zero, 0 ≤ s < 1. N:M patterns say it themselves.
+        allocation: How layers share the zeros: `uniform`; `outliers`: blocks with many outstanding weights keep more;
+            `sensitivity`: layers that lose less of their outputs lose more weights. Not with N:M patterns.
+        spread: How far the sparsity of a layer may be from the whole's, where it is not uniform.
         pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
         refit: Solve for the surviving weights exactly, row by row; K³ / 3 operations a row.
         layers: Patterns of the layers to prune.
@@ -42,9 +46,10 @@ class Wanda(Pass):
 
     requires = produces = Level.ATEN
     keeps: ClassVar[Keeps] = Keeps.interface()
-    local: ClassVar[bool] = True
 
     sparsity: float | None = None
+    allocation: Allocation = "uniform"
+    spread: float = 0.08
     pattern: Pattern = Pattern()
     refit: bool = False
     layers: tuple[str, ...] = ("*",)
@@ -55,6 +60,15 @@ class Wanda(Pass):
         mistake = self.pattern.sparsity_mistake(self.sparsity)
         if mistake is not None:
             raise self.reject_option("sparsity", mistake)
+        if self.allocation != "uniform" and self.pattern.m:
+            raise self.reject_option("allocation", f"uniform: the pattern {self.pattern} fixes the sparsity")
+        if not 0 < self.spread < 1:
+            raise self.reject_option("spread", "a fraction between 0 and 1")
+
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        """Whether each layer is pruned by itself: to share zeros, all have to be compared."""
+        return self.allocation == "uniform"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Prune layer after layer."""
@@ -63,6 +77,7 @@ class Wanda(Pass):
             edit,
             context,
             self._prune,
+            share=Share(self.sparsity, self.allocation, self.spread),
             pattern=self.pattern,
             layers=self.layers,
             exclude=self.exclude,
@@ -72,9 +87,9 @@ class Wanda(Pass):
         )
         return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
-    def _prune(self, weight: PrunableWeight, hessian: Hessian) -> tuple[Tensor, Tensor]:
+    def _prune(self, weight: PrunableWeight, hessian: Hessian, sparsity: float) -> tuple[Tensor, Tensor]:
         scores = weight.tensor.abs().float() * hessian.diagonal.sqrt()
-        mask = self.pattern.mask_rows(scores, self.sparsity or 0.0, weight.kept)
+        mask = self.pattern.mask_rows(scores, sparsity, weight.kept)
         if weight.kept is not None:
             mask = mask & weight.kept
         if not self.refit:

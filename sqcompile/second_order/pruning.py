@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,12 +12,28 @@ from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.pruning import PrunableWeight, choose_layers, prunable_weights, set_mask
 from sqcompile.rewrite import Rewriter
+from sqcompile.second_order.allocation import Allocation, allocate
 from sqcompile.second_order.hessian import Hessian
 from sqcompile.second_order.layers import obstacle, visit_layers
 from sqcompile.sparsity import Pattern
 
-Choose = Callable[[PrunableWeight, Hessian], tuple[Tensor, Tensor]]
-"""Takes a weight and the Hessian of its inputs; returns the new weight and its mask, both [O, K]."""
+Choose = Callable[[PrunableWeight, Hessian, float], tuple[Tensor, Tensor]]
+"""Takes a weight, the Hessian of its inputs and its sparsity; returns the new weight and its mask, both [O, K]."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many weights go, and from where.
+
+    Attributes:
+        sparsity: Of all weights together; None where the pattern says it.
+        by: How layers share them.
+        spread: How far the sparsity of a layer may be from that of all.
+    """
+
+    sparsity: float | None
+    by: Allocation = "uniform"
+    spread: float = 0.08
 
 
 def prune_layers(
@@ -24,6 +41,7 @@ def prune_layers(
     context: PassContext,
     choose: Choose,
     *,
+    share: Share,
     pattern: Pattern,
     layers: Sequence[str],
     exclude: Sequence[str],
@@ -37,6 +55,7 @@ def prune_layers(
         edit: Edits the program once all layers are decided.
         context: Holds the calibration data; told about each layer that is left as it is, and why.
         choose: Decides about a weight.
+        share: How many weights go, and from where.
         pattern: The pattern that the masks will have.
         layers: Patterns of the layers to prune.
         exclude: Patterns of layers to leave as they are.
@@ -61,10 +80,19 @@ def prune_layers(
     found = prunable_weights(program, chosen, pattern, context.remark)
     weights = {weight.layer.node: weight for weight in found}
     results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
+    sparsities = allocate(
+        program,
+        found,
+        context,
+        by=share.by,
+        sparsity=share.sparsity or 0.0,
+        spread=share.spread,
+        max_bytes=max_bytes,
+    )
 
     def visit(layer: Layer, hessian: Hessian) -> Tensor:
         weight = weights[layer.node]
-        value, mask = choose(weight, hessian)
+        value, mask = choose(weight, hessian, sparsities[weight.name])
         if not weight.removes(mask):
             return weight.dense
         results.append((weight, value, mask))
