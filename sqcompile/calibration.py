@@ -57,8 +57,8 @@ class Calibration:
         places = [index for index, value in enumerate(self.signature.inputs) if value.name == _MASK]
         for batch in self:
             mask = batch[places[0]] if places else None
-            hides = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
-            yield mask != 0 if hides else None
+            real = mask.ne(0) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+            yield None if real is None or bool(real.all()) else real
 
     def first(self) -> list[Any]:
         """Return the first batch as flat inputs."""
