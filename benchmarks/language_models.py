@@ -31,12 +31,15 @@ import sqcompile
 from sqcompile.evaluation import perplexity
 from sqcompile.mixed_precision import Candidate
 from sqcompile.passes import (
+    AWQ,
     GPTQ,
+    AdaRound,
     ApplyMasks,
     FoldQDQ,
     MaskWeights,
     MixedPrecision,
     QuantizeWeights,
+    SmoothQuant,
     SparseGPT,
     Wanda,
     pipelines,
@@ -127,6 +130,16 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
             {
                 "round to nearest": pipelines.weight_only(bits=bits),
                 "round to nearest, ranges by MSE": pipelines.weight_only(bits=bits, search="mse"),
+                "round to nearest, HQQ's ranges": rounded(
+                    QuantizeWeights(weight=weight, search="half-quadratic", formats=EIGHT_BITS)
+                ),
+                "AWQ, ranges by MSE": rounded(
+                    AWQ(weight=weight), QuantizeWeights(weight=weight, search="mse", formats=EIGHT_BITS)
+                ),
+                "AWQ, GPTQ, dense targets": rounded(
+                    AWQ(weight=weight), GPTQ(weight=weight, formats=EIGHT_BITS)
+                ),
+                "AdaRound, dense targets": rounded(AdaRound(weight=weight, formats=EIGHT_BITS)),
                 "GPTQ": rounded(GPTQ(weight=weight, formats=EIGHT_BITS, dense_targets=False)),
                 "GPTQ, dense targets": rounded(GPTQ(weight=weight, formats=EIGHT_BITS)),
                 **{
@@ -170,8 +183,26 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 "Wanda, refit": pruned(Wanda(**options, refit=True)),
                 "SparseGPT": pruned(SparseGPT(**options)),
                 "SparseGPT, refit": pruned(SparseGPT(**options, refit=True)),
+                **{
+                    f"SparseGPT, refit, shared by {by}": pruned(
+                        SparseGPT(**options, refit=True, allocation=by)
+                    )
+                    for by in ("outliers", "sensitivity")
+                    if sparsity is not None
+                },
             },
         )
+    values = {"activation": pipelines.INT8_DYNAMIC, "formats": EIGHT_BITS}
+    yield (
+        "8 bits, values too",
+        {
+            "round to nearest": rounded(QuantizeWeights(**values)),
+            **{
+                f"SmoothQuant, {strength}": rounded(SmoothQuant(strength=strength), QuantizeWeights(**values))
+                for strength in (0.3, 0.5, 0.7)
+            },
+        },
+    )
     gptq = GPTQ(weight=four, formats=EIGHT_BITS)
     half: dict[str, Any] = {"sparsity": 0.5, "exclude": HEAD}
     yield (
@@ -188,9 +219,9 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
     )
 
 
-def rounded(item: sqcompile.Pass) -> Passes:
-    """A pass that rounds, with what goes before and after it."""
-    return [*pipelines.canonical(), item, FoldQDQ()]
+def rounded(*items: sqcompile.Pass) -> Passes:
+    """Passes that round, with what goes before and after them."""
+    return [*pipelines.canonical(), *items, FoldQDQ()]
 
 
 def pruned(item: sqcompile.Pass) -> Passes:
