@@ -72,10 +72,14 @@ def compile_model(
         ),
     ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Cap on memory for passes that obey one: 8GB, 512MiB.")
+        str | None, typer.Option(metavar="SIZE", help="Cap on memory: 8GB, 512MiB; hard with --work-dir.")
     ] = None,
     work_dir: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Intermediate results, and dumps when a pass fails.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Work part by part in this folder, in bounded memory, and go on from there after a crash.",
+        ),
     ] = None,
     dump_dir: Annotated[
         str | None,
