@@ -685,6 +685,11 @@ _UNARY = (
 )
 _BINARY = "add sub mul minimum maximum div pow eq ne lt le bit_and bit_or bit_xor where"
 
+_IMAGES = (
+    "conv conv_depthwise conv_q8 conv_q8_depthwise conv_q8_block quantize_image add_codes mul_codes look_up_codes "
+    "max_pool average_pool average_codes adaptive_average resize_nearest resize_bilinear pad"
+)
+
 _RULES: dict[str, Rule] = {
     **dict.fromkeys((_UNARY + " " + _BINARY).split(), _elementwise),
     "reshape": _reshape,
@@ -704,5 +709,6 @@ _RULES: dict[str, Rule] = {
     ),
     "quantize_rows": _quantize_rows,
     **dict.fromkeys("cumsum top_k iota gather unfold".split(), _refused),
+    **dict.fromkeys(_IMAGES.split(), _refused),
 }
 """How each operator of `cpp/engine/operators.inc` follows."""
