@@ -301,7 +301,8 @@ def shards(
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file of bfloat16 tensors."""
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         header[name] = {
             "dtype": "BF16",
