@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import sqcompile
-from sqcompile.backends.native import _native
+from sqcompile.backends.native import _native, kernels
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.backend import BACKEND
 from sqcompile.backends.native.lower import lower as lower_program
@@ -537,6 +537,25 @@ def test_the_way_through_compile_save_and_load(tmp_path: Path) -> None:
     )
     with pytest.raises(Error, match="does not generate text"):
         other.generate(PROMPTS, 8)
+
+
+def test_every_instruction_set_writes_the_same_text(lower: Lower, load: Load) -> None:
+    model = load(lower(_program("llama", QUANTIZED["int4"]))).model
+    found = {}
+    for isa in kernels.available_isas():
+        generator = _native.Generator(model, 2, isa, 1, 32, True)
+        assert generator.isa == isa
+        tokens: list[int] = []
+
+        def keep(_row: int, token: int, tokens: list[int] = tokens) -> bool:
+            tokens.append(token)
+            return True
+
+        prompt = np.array(PROMPTS[1], np.int64)
+        generator.generate([(0, prompt)], 12, 0.0, 0, 1.0, 0, [], keep)
+        found[isa] = (tuple(tokens), generator.logits(0).tobytes())
+    assert len(found) > 1 or kernels.available_isas() == ["scalar"]
+    assert len(set(found.values())) == 1
 
 
 def test_a_model_is_continued_by_several_threads_at_once() -> None:

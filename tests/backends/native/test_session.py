@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,10 +144,36 @@ def test_several_sessions_share_a_model(lower: Lower) -> None:
     assert all(np.array_equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 257])
-def test_a_number_of_threads_that_cannot_be_is_refused(threads: int, lower: Lower) -> None:
-    with pytest.raises(BackendError, match="threads"):
+@pytest.mark.parametrize("threads", [0, -1, 257, 1.5, "two", True])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads: Any, lower: Lower) -> None:
+    with pytest.raises(BackendError, match="cannot have so many threads") as error:
         BACKEND.load(lower(dynamic_mlp()), threads=threads)
+    assert error.value.seen == repr(threads) and error.value.expected == "1 to 256, or None"
+    assert error.value.next_step
+
+
+def vm_flags(address: int) -> list[str]:
+    """Return what the system notes of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "VmFlags:":
+            return rest
+    raise AssertionError("no mapping holds the address")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="the system has no huge pages to ask for"
+)
+def test_large_buffers_ask_for_huge_pages() -> None:
+    """Whether the system then grants them is its own matter."""
+    large, small = _native.allocate(6 << 20), _native.allocate(4096)
+    assert large.ctypes.data % (2 << 20) == 0
+    assert "hg" in vm_flags(large.ctypes.data)
+    assert "hg" not in vm_flags(small.ctypes.data)
 
 
 def test_threads_are_one_a_core_unless_told_otherwise(lower: Lower) -> None:
