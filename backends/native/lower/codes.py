@@ -161,10 +161,6 @@ def is_image_of_codes(node: fx.Node) -> bool:
     return len(shape) in (2, 3, 4) and isinstance(shape[1], int)
 
 
-def _single_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _chain(node: fx.Node) -> Chain:
     """Follow a quantize back over bounds that nobody else sees."""
     low, high = -math.inf, math.inf
