@@ -94,3 +94,14 @@ def test_the_shrunk_program_trains_and_exports(name: str) -> None:
     assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
     again = shrunk.to_exported_program().module()
     assert distance(outputs(shrunk, (args, kwargs)), outputs(again, (args, kwargs))) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["resnet_basic", "bert", "gpt2", "llama"])
+def test_symbolic_dimensions_stay_symbolic(name: str) -> None:
+    """Exact for other batches and lengths than those that it was traced with."""
+    program, groups = traced(name)
+    shrunk, result = remove(RemoveChannels(ratio=0.5, kinds=EVERYTHING), program)
+    inputs = ZOO[name].inputs(seed=5, batch=3, sequence=7)
+    masked = outputs(zero_removed(ZOO[name].make(), groups, result.facts["kept"]), inputs)
+    assert distance(masked, outputs(shrunk, inputs)) < TOLERANCE
+    assert [item.name for item in shrunk.signature.inputs] == [item.name for item in program.signature.inputs]
