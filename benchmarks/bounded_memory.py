@@ -262,7 +262,8 @@ def write_model(folder: Path, sizes: dict[str, int], layers: int) -> None:
         name = f"model-{index:05d}.safetensors"
         write_shard(folder / name, tensors)
         places |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = transformers.LlamaConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=2048)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
