@@ -171,7 +171,7 @@ def recover_regions(
     """
     student, teacher = Stepwise(program), Stepwise(dense)
     # A quarter each: values at a place of either graph, what enters the block at hand, and what is to leave it.
-    batches = list(student.batches(context, max_bytes // 4, "distilling blocks: reading"))
+    batches = student.batches(context, max_bytes // 4, "distilling blocks: reading")
     ends = {region.output: region for region in regions}
     starts = {node: region for region in regions for node in region.nodes}
     entered: dict[str, dict[fx.Node, list[Any]]] = {region.name: {} for region in regions}

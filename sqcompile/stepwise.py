@@ -129,23 +129,17 @@ class Stepwise:
                     sizes.pop(spent, None)
         return peak
 
-    def batches(
-        self, context: PassContext, max_bytes: int, purpose: str, *, spills: bool = False
-    ) -> Iterable[Sequence[Any]]:
+    def batches(self, context: PassContext, max_bytes: int, purpose: str) -> list[Sequence[Any]]:
         """Return as many calibration batches as fit into memory while they advance together; at least one.
 
         Args:
             context: Holds the calibration data and the cap on memory; told if data is left out.
             max_bytes: Memory for the values of all batches at one place of the graph.
             purpose: What they are read for, for the progress bar.
-            spills: Whether values that do not fit go to the work folder, if there is one: then all batches
-                are returned, read anew each time.
 
         Raises:
             CalibrationError: If there is no calibration data.
         """
-        if spills and context.work_dir is not None:
-            return _Batches(context, purpose)
         budget = memory_for(context, max_bytes)
         found: list[Sequence[Any]] = []
         room = 0
@@ -157,6 +151,17 @@ class Stepwise:
                 break
             found.append(batch)
         return found
+
+    def spilling_batches(self, context: PassContext, max_bytes: int, purpose: str) -> Iterable[Sequence[Any]]:
+        """Return all calibration batches, read anew each time, if values that do not fit have a folder to go to.
+
+        Without a work folder: as `batches`.
+        """
+        return (
+            self.batches(context, max_bytes, purpose)
+            if context.work_dir is None
+            else _Batches(context, purpose)
+        )
 
     def _compute(
         self,

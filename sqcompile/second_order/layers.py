@@ -76,7 +76,7 @@ def visit_layers(
     changed, dense = Stepwise(program), Stepwise(program)
     share = max_bytes // 2 if with_dense else max_bytes
     room = memory_for(context, share)
-    batches = changed.batches(context, share, f"{purpose}: reading", spills=True)
+    batches = changed.spilling_batches(context, share, f"{purpose}: reading")
     tokens = [] if context.calibration is None else list(context.calibration.tokens())
     place = {node: index for index, node in enumerate(changed.steps)}
     readers = {
