@@ -580,7 +580,9 @@ def _report(
     streamed: Streamed | None = None,
 ) -> Report:
     if streamed is not None:
-        return _streamed_report(name, program, streamed, backend, reason, artifact, session, check_batch, verify)
+        return _streamed_report(
+            name, program, streamed, backend, reason, artifact, session, check_batch, verify
+        )
     outputs: Distance | None = None
     parity: Distance | None = None
     layers: list[LayerDistance] = []
