@@ -76,5 +76,8 @@ def test_kernels_are_measured_and_kept(run, folder: Path, monkeypatch: pytest.Mo
     assert KernelTimes.load(kernel_times.cache_file(3)).forms == KernelTimes.load(SHIPPED).forms
     shown = run("bench", "--kernels", "--threads", "3").out
     assert "4-bit, bitmask" in shown and "Written to" in shown
+    dense = KernelTimes.load(SHIPPED).forms["int8"]
+    line = next(line for line in shown.splitlines() if "int8 " in line and "100%" in line)
+    assert f" {1e6 / dense.memory[0][0]:.1f} " in line and f" {128e6 / dense.memory[-1][0]:.1f} " in line
     refused = run("bench", "--kernels", "--backend", "onnxruntime")
     assert refused.code == 1 and "chooses no kernels by measured times" in refused.err
