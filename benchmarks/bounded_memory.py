@@ -82,7 +82,7 @@ def main() -> None:
             f"{row['parameters'] / 1e6:.0f} million",
             str(row["parts"]),
             f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 1e9:.2f} GB of {options.max_memory}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB of {options.max_memory}" if row["peak_bytes"] else "",
             row["files"],
         )
     Console(width=120).print(table)
@@ -157,6 +157,8 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
             continue
         kills += 1
         done.append(str(len(list(work.glob("part-*.json")))))
+        if kills < options.kills and int(done[-1]) == len(list(whole.glob("part-*.json"))):
+            shutil.rmtree(work)  # nothing is left to be cut off
     compress_program(program, options, work)
     same = contents(work) == contents(whole)
     print(f"parts that were done after each kill: {', '.join(done)}", file=sys.stderr)
