@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +166,8 @@ def _part(program: Program, name: str, needs: _Needs, made: Sequence[fx.Node], *
 
 def _copied(graph: fx.Graph, node: fx.Node, nodes: Mapping[fx.Node, fx.Node]) -> fx.Node:
     copied: fx.Node = graph.node_copy(node, lambda old: nodes[old])
-    copied.meta = copy.copy(node.meta)
+    # `from_node` of torch.export holds addresses: a part that is stored would differ from process to process.
+    copied.meta = {key: value for key, value in node.meta.items() if key != "from_node"}
     return copied
 
 

@@ -81,6 +81,11 @@ def test_a_part_holds_its_own_tensors_and_knows_which_are_shared() -> None:
     assert start.program.shared == end.program.shared == {"head.weight"}
 
 
+def test_a_part_holds_no_addresses_of_this_process() -> None:
+    """torch.export records them in `from_node`; stored parts have to be the same in every process."""
+    assert all("from_node" not in node.meta for part in cut(stack()) for node in part.program.graph.nodes)
+
+
 def test_parts_run_one_after_the_other_are_the_whole() -> None:
     values = {"tokens": TOKENS}
     for part in cut(stack()):
