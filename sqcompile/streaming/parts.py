@@ -156,7 +156,7 @@ def _part(program: Program, name: str, needs: _Needs, made: Sequence[fx.Node], *
     else:
         results = tuple(nodes[node] for node in made)
     output = graph.output(results)
-    output.meta = {**program.output.meta, "inner": not last}
+    output.meta = {**_lasting(program.output.meta), "inner": not last}
     signature = _signature(program, inputs, None if last else made)
     part = Program(graph_module_of(program.graph_module, graph), signature, constraints=program.constraints)
     part.shared = _shared(program, compute)
@@ -166,9 +166,13 @@ def _part(program: Program, name: str, needs: _Needs, made: Sequence[fx.Node], *
 
 def _copied(graph: fx.Graph, node: fx.Node, nodes: Mapping[fx.Node, fx.Node]) -> fx.Node:
     copied: fx.Node = graph.node_copy(node, lambda old: nodes[old])
-    # `from_node` of torch.export holds addresses: a part that is stored would differ from process to process.
-    copied.meta = {key: value for key, value in node.meta.items() if key != "from_node"}
+    copied.meta = _lasting(node.meta)
     return copied
+
+
+def _lasting(meta: Mapping[str, Any]) -> dict[str, Any]:
+    # torch.export's `from_node` holds addresses: stored parts would differ from process to process.
+    return {key: value for key, value in meta.items() if key != "from_node"}
 
 
 def _order(program: Program) -> Callable[[fx.Node], int]:
