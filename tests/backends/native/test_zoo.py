@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.machines import machine
 from support.parity import Steps
 from support.zoo import ZOO, ZooModel
 
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.backend import BACKEND
+from sqcompile.backends.native.lower import context
 from sqcompile.backends.native.session import NativeSession
 from sqcompile.calibration import Calibration
 from sqcompile.passes.pipelines import int8_static
@@ -66,6 +68,9 @@ PIPELINES: dict[str, tuple[Sequence[Pass], str]] = {
     ),
 }
 
+# Forms of weights that are faster than others on the machine of the test, so that they are chosen.
+FAST = {"masked": {"int8__bitmask": 10.0}, "blocks": {"int8_in_1x4_blocks": 10.0}}
+
 
 def _traced(entry: ZooModel) -> Program:
     return trace(entry.make(), entry.inputs(), dynamic_shapes=entry.dynamic_shapes)
@@ -103,11 +108,15 @@ def test_floating_point_models_agree(name: str, lower: Lower, load: Load) -> Non
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("name", _models({"llama"}))
-def test_quantized_models_agree(name: str, pipeline: str, lower: Lower, load: Load) -> None:
+def test_quantized_models_agree(
+    name: str, pipeline: str, lower: Lower, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Codes and integer products are exact: at most one step on 99.9 % of all outputs; see `support.parity`."""
     entry = ZOO[name]
     passes, operator = PIPELINES[pipeline]
     program = _quantized(entry, passes)
+    times = machine(**FAST.get(pipeline, {}))
+    monkeypatch.setattr(context, "kernel_times", lambda: (times, ""))
     session = load(lower(program))
     assert _steps(session)[operator] >= 2
     steps = Steps()
