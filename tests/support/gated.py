@@ -22,6 +22,9 @@ class Gated(nn.Module):
         self.gate = nn.Linear(32, 48, bias=False)
         self.up = nn.Linear(32, 48)
         self.down = nn.Linear(48, 32, bias=False)
+        with torch.no_grad():  # inputs of the next layer are uneven, too
+            self.up.weight[::8] *= 20
+            self.down.weight[:, ::8] /= 20
         self.norm = nn.LayerNorm(32)
         nn.init.uniform_(self.norm.bias)
         self.head = nn.Linear(32, 8)

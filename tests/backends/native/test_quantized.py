@@ -236,6 +236,7 @@ def test_groups_are_stored_and_multiplied_at_their_size(
     text: str, isa: str, lower: Lower, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Activations that are codes already leave only the weights' scales, which the kernels keep to 11 bits."""
+    monkeypatch.setattr(context, "kernel_times", lambda: (machine(), ""))  # where zeros save no time
     bits, columns = GROUPED[text], 512
     model = nn.Linear(columns, 48).eval()
     with torch.no_grad():
@@ -303,9 +304,11 @@ def test_few_bits_get_a_bitmask_only_where_it_is_smaller(
 
 @pytest.mark.parametrize(("rows", "sparsity", "form"), [(1, 0.8, "1x4"), (4, 0.6, "4x4"), (16, 0.9, "16x4")])
 def test_blocks_are_those_that_save_the_most_time(
-    rows: int, sparsity: float, form: str, lower: Lower, load: Load
+    rows: int, sparsity: float, form: str, lower: Lower, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 1x4 blocks that are zero at random four in a row often are, too: skipping those alone would save less."""
+    block_ns = {"int8_in_1x4_blocks": 90.0, "int8_in_4x4_blocks": 80.0, "int8_in_16x4_blocks": 70.0}
+    monkeypatch.setattr(context, "kernel_times", lambda: (machine(skips=True, int8=150.0, **block_ns), ""))
     torch.manual_seed(0)
     layer = nn.Linear(256, 64, bias=False).eval()
     with torch.no_grad():
