@@ -31,6 +31,7 @@ from sqcompile.pretrained import Pretrained, refuse_others, save_pretrained
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Report, environment, layer_rows
+from sqcompile.report_pictures import GraphTexts, activation_ranges, weight_maps
 from sqcompile.saving import GGUF, SUFFIXES, check_target, save_compiled
 from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
@@ -287,6 +288,7 @@ def compile(
     data = None if batches is None else Calibration(batches, program.signature)
     check_batch = _check_batch(program.signature, inputs, data)
     streamed: Streamed | None = None
+    graphs: GraphTexts | None = None
     with clock.stage("passes"):
         if by_parts:
             assert work_dir is not None
@@ -311,11 +313,12 @@ def compile(
                 work_dir=None if work_dir is None else Path(work_dir),
                 progress=progress,
             )
+            graphs = GraphTexts() if verify != "off" else None
             manager = PassManager(
                 pipeline,
                 check_batches=check_batch,
                 verify=verify,
-                instruments=instruments,
+                instruments=instruments if graphs is None else [graphs, *instruments],
                 dump_dir=context.work_dir,
             )
             with torch.random.fork_rng(devices=[]):
@@ -345,6 +348,7 @@ def compile(
             streamed,
         )
     report.seconds = clock.seconds
+    report.graphs = graphs if graphs is not None and graphs.stages else None
     report.notes += getattr(batches, "notes", [])
     if made_up:
         report.notes.append("there is no data: numbers were checked on made-up inputs")
@@ -597,7 +601,9 @@ def _report(
         parity = output_distance(reference, [session.run(batch) for batch in check_batch])
         if records:
             layers = compare_layers(original, program, check_batch)
+    pictured = bool(records) and verify != "off"
     original_size: Size = program_size(original)
+    rows = layer_rows(program, layers, artifact.choices, predicted)
     return Report(
         model=name,
         backend=backend.name,
@@ -606,11 +612,13 @@ def _report(
         size=program_size(program),
         file_bytes=artifact.size_bytes,
         passes=records,
-        layers=layer_rows(program, layers, artifact.choices, predicted),
+        layers=rows,
         output_distance=outputs,
         backend_distance=parity,
         notes=notes,
         environment=environment(),
+        weight_maps=weight_maps(program, {row.name: row.sparsity for row in rows}) if pictured else {},
+        activations=activation_ranges(program, check_batch[0]) if pictured and check_batch else [],
     )
 
 

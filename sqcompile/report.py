@@ -17,6 +17,7 @@ from torch import fx
 
 from sqcompile.backend import LayerChoice
 from sqcompile.compare import LayerDistance
+from sqcompile.errors import FileError
 from sqcompile.files import atomic_file
 from sqcompile.layers import Layer, layers_of
 from sqcompile.metrics import Distance
@@ -27,6 +28,8 @@ from sqcompile.statistics import Size, stored_bits, weight_zeros
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from sqcompile.report_pictures import ActivationRange, GraphTexts
 
 _ROUNDING = 1e-10
 """Noise (as a share of the signal: -100 dB) that is the rounding of float32, for which nobody is to blame."""
@@ -150,6 +153,10 @@ class Report:
     latency: Latency | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+        quality: Figures of the user's own, dense and compiled, by name: see `add_quality`.
+        weight_maps: Where weights are zero, by layer: `sqcompile.report_pictures.weight_maps`.
+        activations: Values that become integers of a fixed scale, and the ranges that were chosen for them.
+        graphs: The graph as traced and after each pass that changed it, or None if not kept.
     environment: dict[str, str] = field(default_factory=dict)
 
     def worst_pass(self) -> PassRecord | None:
@@ -168,6 +175,20 @@ class Report:
             before = record.distance.noise
         return worst
 
+    quality: dict[str, tuple[float, float]] = field(default_factory=dict)
+    weight_maps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    activations: list[ActivationRange] = field(default_factory=list)
+    graphs: GraphTexts | None = None
+
+    def add_quality(self, name: str, dense: float, compiled: float) -> None:
+        """Add a figure that only the user can measure, such as an accuracy or a perplexity.
+
+        Args:
+            name: What it is.
+            dense: Of the dense model.
+            compiled: Of the compiled one.
+        """
+        self.quality[name] = (float(dense), float(compiled))
     def worst_layer(self) -> LayerRow | None:
         """Return the layer that adds most noise to what reaches it, or None if none was measured."""
         rows = [row for row in self.layers if row.loss is not None and row.loss > _ROUNDING]
@@ -187,10 +208,30 @@ class Report:
         """
         from rich.console import Console
 
-        console = Console(record=True, width=150, file=io.StringIO())
-        self.print(console)
+        page = report_page(json.loads(self.to_json()))
         with atomic_file(Path(path)) as temporary:
-            temporary.write_text(console.export_html(), encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
+
+    def save(self, path: str | Path) -> None:
+        """Write the report: as a page where the path ends in `.html`, as JSON where in `.json`.
+
+        Raises:
+            FileError: If the suffix is another one, or the path cannot be written.
+        """
+        path = Path(path)
+        if path.suffix == ".html":
+            self.to_html(path)
+            return
+        if path.suffix != ".json":
+            raise FileError(
+                f"A report is no '{path.suffix}' file.",
+                where=str(path),
+                seen=f"suffix '{path.suffix}'",
+                expected=".html or .json",
+                next_step=f"save it as {path.with_suffix('.html').name}",
+            )
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     def print(self, console: Console | None = None) -> None:
         """Print the report with rich."""
@@ -199,7 +240,7 @@ class Report:
         print_report(self, console)
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from sqcompile.report_page import report_page
 
         console = Console(file=io.StringIO(), width=140, force_terminal=False, color_system=None)
         self.print(console)

@@ -125,6 +125,8 @@ def _choices(report: Report) -> list[str]:
     for row in report.layers:
         if row.remark:
             layers.setdefault(row.remark, []).append(row.name)
+    for name, (dense, compiled) in report.quality.items():
+        _add_row(table, name, f"{dense:.4g} → {compiled:.4g}", "")
     lines = []
     for remark, names in layers.items():
         more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""

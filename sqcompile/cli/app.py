@@ -16,6 +16,7 @@ from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
 from sqcompile.cli.sensitivity import sensitivity
+from sqcompile.cli.report import report
 
 app = typer.Typer(
     name="sqcompile",
@@ -49,6 +50,7 @@ app.command("passes")(passes)
 app.command("inspect")(inspect_model)
 app.command("compare")(compare)
 app.command("evaluate")(evaluate)
+app.command("report")(report)
 app.command("generate")(generate)
 app.command("sensitivity")(sensitivity)
 app.command("bench")(bench)
