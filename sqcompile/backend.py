@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx
 
@@ -18,6 +18,9 @@ from sqcompile.progress import Progress
 from sqcompile.quantization.format import Format
 from sqcompile.signature import Signature
 from sqcompile.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from sqcompile.bundle import BundleJob, BundlePart
 
 # Modules that define `BACKEND`, an instance; imported only when asked for, so that a missing runtime
 # hurts nobody who does not use it.
@@ -239,6 +242,23 @@ class Backend(ABC):
         Raises:
             UnsupportedError: Listing every unsupported node with module path and source line.
         """
+    def bundle(self, job: BundleJob, folder: Path) -> BundlePart:
+        """Write what runs an artifact of this backend without sqcompile; `sqcompile.bundle` writes the rest.
+
+        Args:
+            job: The artifact, the target, example inputs and their outputs.
+            folder: Where the files go.
+
+        Raises:
+            BackendError: If the backend has nothing that runs without sqcompile, or not for the target.
+        """
+        raise BackendError(
+            f"The {self.name} backend needs PyTorch: there is nothing to bundle.",
+            where=str(job.source),
+            expected="a .sqm or .onnx file",
+            next_step="compile to one of them: sqcompile compile MODEL -o model.sqm",
+        )
+
         from sqcompile.text import locate, operator_name
 
         found = self.unsupported(program)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
@@ -13,6 +13,9 @@ from sqcompile.program import Program
 from sqcompile.progress import Progress
 from sqcompile.quantization.format import Format
 from sqcompile.sparsity import Pattern
+
+if TYPE_CHECKING:
+    from sqcompile.bundle import BundleJob, BundlePart
 
 
 class NativeBackend(Backend):
@@ -102,6 +105,17 @@ class NativeBackend(Backend):
         return min(
             (times.predict(form, 1, *shape, density, cached=False) for form, density in forms), default=None
         )
+
+    def bundle(self, job: BundleJob, folder: Path) -> BundlePart:
+        """Write the model, `sqrun`, the library with its header, and an example in C.
+
+        Raises:
+            BackendError: If there is no runtime for the target, and none can be built here.
+            FileError: If the given runtime is for another machine.
+        """
+        from sqcompile.backends.native.bundle import write_native_bundle
+
+        return write_native_bundle(job, folder)
 
     def facts(self) -> dict[str, str]:
         """Return the instruction set, the threads of a session, and by what times kernels are chosen."""

@@ -6,19 +6,23 @@ translations.py  each of them as an ONNX operator
 lower.py         selection, torch's exporter, then cleanup.py, compact.py, saturation.py
 artifact.py      the model, in memory and in files
 session.py       the model, loaded
+bundle.py        the model with what it needs to run elsewhere; example/: its examples
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import fx
 
 from sqcompile.backend import Artifact, Backend, Session
 from sqcompile.errors import BackendError
 from sqcompile.program import Program
+
+if TYPE_CHECKING:
+    from sqcompile.bundle import BundleJob, BundlePart
 
 
 class OnnxRuntimeBackend(Backend):
@@ -66,6 +70,16 @@ class OnnxRuntimeBackend(Backend):
                 next_step="load it with the backend that lowered it",
             )
         return load(source, threads)
+
+    def bundle(self, job: BundleJob, folder: Path) -> BundlePart:
+        """Write the model, session options, and examples in Python and C++.
+
+        Raises:
+            FileError: If the model cannot be read.
+        """
+        from sqcompile.backends.onnxruntime.bundle import write_onnx_bundle
+
+        return write_onnx_bundle(job, folder)
 
     def facts(self) -> dict[str, str]:
         """Return the versions of ONNX Runtime and ONNX."""

@@ -8,6 +8,7 @@ import typer
 
 from sqcompile import __version__
 from sqcompile.cli.bench import bench
+from sqcompile.cli.bundle import bundle
 from sqcompile.cli.compare import compare
 from sqcompile.cli.compile import compile_model
 from sqcompile.cli.doctor import doctor
@@ -15,8 +16,8 @@ from sqcompile.cli.evaluate import evaluate
 from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
-from sqcompile.cli.sensitivity import sensitivity
 from sqcompile.cli.report import report
+from sqcompile.cli.sensitivity import sensitivity
 
 app = typer.Typer(
     name="sqcompile",
@@ -49,9 +50,10 @@ app.command("compile")(compile_model)
 app.command("passes")(passes)
 app.command("inspect")(inspect_model)
 app.command("compare")(compare)
-app.command("evaluate")(evaluate)
 app.command("report")(report)
+app.command("evaluate")(evaluate)
 app.command("generate")(generate)
 app.command("sensitivity")(sensitivity)
 app.command("bench")(bench)
+app.command("bundle")(bundle)
 app.command("doctor")(doctor)

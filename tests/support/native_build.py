@@ -56,7 +56,7 @@ _BUILDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
             "-DCMAKE_EXE_LINKER_FLAGS=-static",
         ),
-        ("sqc_tests", "sqrun"),
+        ("sqc_tests", "sqrun", "sqcompile"),
     ),
 }
 
