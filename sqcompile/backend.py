@@ -223,6 +223,23 @@ class Backend(ABC):
         """
         return None
 
+    def bundle(self, job: BundleJob, folder: Path) -> BundlePart:
+        """Write what runs an artifact of this backend without sqcompile; `sqcompile.bundle` writes the rest.
+
+        Args:
+            job: The artifact, the target, example inputs and their outputs.
+            folder: Where the files go.
+
+        Raises:
+            BackendError: If the backend has nothing that runs without sqcompile, or not for the target.
+        """
+        raise BackendError(
+            f"The {self.name} backend needs PyTorch: there is nothing to bundle.",
+            where=str(job.source),
+            expected="a .sqm or .onnx file",
+            next_step="compile to one of them: sqcompile compile MODEL -o model.sqm",
+        )
+
     def facts(self) -> dict[str, str]:
         """Return what the backend runs on here, by name: versions, instruction set, threads."""
         return {}
@@ -242,23 +259,6 @@ class Backend(ABC):
         Raises:
             UnsupportedError: Listing every unsupported node with module path and source line.
         """
-    def bundle(self, job: BundleJob, folder: Path) -> BundlePart:
-        """Write what runs an artifact of this backend without sqcompile; `sqcompile.bundle` writes the rest.
-
-        Args:
-            job: The artifact, the target, example inputs and their outputs.
-            folder: Where the files go.
-
-        Raises:
-            BackendError: If the backend has nothing that runs without sqcompile, or not for the target.
-        """
-        raise BackendError(
-            f"The {self.name} backend needs PyTorch: there is nothing to bundle.",
-            where=str(job.source),
-            expected="a .sqm or .onnx file",
-            next_step="compile to one of them: sqcompile compile MODEL -o model.sqm",
-        )
-
         from sqcompile.text import locate, operator_name
 
         found = self.unsupported(program)

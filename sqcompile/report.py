@@ -137,6 +137,10 @@ class Report:
         seconds: Time of each stage (`trace`, `passes`, `lower`, …), in s.
         notes: What the backend has to say about its choices.
         environment: CPU, threads and versions.
+        quality: Figures of the user's own, dense and compiled, by name: see `add_quality`.
+        weight_maps: Where weights are zero, by layer: `sqcompile.report_pictures.weight_maps`.
+        activations: Values that become integers of a fixed scale, and the ranges that were chosen for them.
+        graphs: The graph as traced and after each pass that changed it, or None if not kept.
     """
 
     model: str
@@ -153,11 +157,21 @@ class Report:
     latency: Latency | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-        quality: Figures of the user's own, dense and compiled, by name: see `add_quality`.
-        weight_maps: Where weights are zero, by layer: `sqcompile.report_pictures.weight_maps`.
-        activations: Values that become integers of a fixed scale, and the ranges that were chosen for them.
-        graphs: The graph as traced and after each pass that changed it, or None if not kept.
     environment: dict[str, str] = field(default_factory=dict)
+    quality: dict[str, tuple[float, float]] = field(default_factory=dict)
+    weight_maps: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    activations: list[ActivationRange] = field(default_factory=list)
+    graphs: GraphTexts | None = None
+
+    def add_quality(self, name: str, dense: float, compiled: float) -> None:
+        """Add a figure that only the user can measure, such as an accuracy or a perplexity.
+
+        Args:
+            name: What it is.
+            dense: Of the dense model.
+            compiled: Of the compiled one.
+        """
+        self.quality[name] = (float(dense), float(compiled))
 
     def worst_pass(self) -> PassRecord | None:
         """Return the pass that added most noise to the outputs, or None if none added any.
@@ -175,20 +189,6 @@ class Report:
             before = record.distance.noise
         return worst
 
-    quality: dict[str, tuple[float, float]] = field(default_factory=dict)
-    weight_maps: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    activations: list[ActivationRange] = field(default_factory=list)
-    graphs: GraphTexts | None = None
-
-    def add_quality(self, name: str, dense: float, compiled: float) -> None:
-        """Add a figure that only the user can measure, such as an accuracy or a perplexity.
-
-        Args:
-            name: What it is.
-            dense: Of the dense model.
-            compiled: Of the compiled one.
-        """
-        self.quality[name] = (float(dense), float(compiled))
     def worst_layer(self) -> LayerRow | None:
         """Return the layer that adds most noise to what reaches it, or None if none was measured."""
         rows = [row for row in self.layers if row.loss is not None and row.loss > _ROUNDING]
@@ -206,7 +206,7 @@ class Report:
         Raises:
             FileError: If the path cannot be written.
         """
-        from rich.console import Console
+        from sqcompile.report_page import report_page
 
         page = report_page(json.loads(self.to_json()))
         with atomic_file(Path(path)) as temporary:
@@ -240,7 +240,7 @@ class Report:
         print_report(self, console)
 
     def __str__(self) -> str:
-        from sqcompile.report_page import report_page
+        from rich.console import Console
 
         console = Console(file=io.StringIO(), width=140, force_terminal=False, color_system=None)
         self.print(console)

@@ -112,6 +112,8 @@ def _summary(report: Report) -> Group:
             f"{time_text(latency.dense_ns)} → {time_text(latency.compiled_ns)}",
             f"{latency.speedup:.2f}x, median of {latency.runs} alternating calls, {latency.threads} threads",
         )
+    for name, (dense, compiled) in report.quality.items():
+        _add_row(table, name, f"{dense:.4g} → {compiled:.4g}", "")
     _add_row(table, "backend", report.backend, report.backend_reason)
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     if spent:
@@ -125,8 +127,6 @@ def _choices(report: Report) -> list[str]:
     for row in report.layers:
         if row.remark:
             layers.setdefault(row.remark, []).append(row.name)
-    for name, (dense, compiled) in report.quality.items():
-        _add_row(table, name, f"{dense:.4g} → {compiled:.4g}", "")
     lines = []
     for remark, names in layers.items():
         more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
