@@ -26,7 +26,7 @@ class RemoveChannels(Removal):
 
     Attributes:
         ratio: Fraction of the channels of every group to remove (0 ≤ r < 1), rounded down; with
-            `scope=global` of all groups together.
+            `scope=global` or `cost` of all groups together.
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
         latency: Instead of a ratio: fraction of the time of a call that may be left. Candidates are lowered and
@@ -38,7 +38,9 @@ class RemoveChannels(Removal):
             `geometric-median`, `activation`, `taylor` and `hessian` (need calibration data), or `random`.
             `hessian` counts that others can take over, and belongs with `compensate`.
         scope: `layer`: every group loses alike; `global`: one ranking for all, so that groups of unimportant
-            channels lose more.
+            channels lose more; `cost`: one ranking by what the outputs lose with a channel, per multiply-accumulate
+            (with `parameters`, per parameter) that it saves; half of each group is removed by itself and the
+            outputs are compared, which needs calibration data.
         round_to: What is left of a group is a multiple of this, as kernels like it.
         layers: Patterns of the layers that make the channels; a group goes by all layers that make it.
         exclude: Patterns of layers to leave as they are, with everything that is tied to them.

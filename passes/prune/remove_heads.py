@@ -22,8 +22,8 @@ class RemoveHeads(Removal):
     Source: Michel et al. 2019.
 
     Attributes:
-        ratio: Fraction of the heads of every layer to remove (0 ≤ r < 1), rounded down; with `scope=global`
-            of all layers together.
+        ratio: Fraction of the heads of every layer to remove (0 ≤ r < 1), rounded down; with
+            `scope=global` or `cost` of all layers together.
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
         latency: Instead of a ratio: fraction of the measured time of a call that may be left.
@@ -32,7 +32,8 @@ class RemoveHeads(Removal):
         threads: Threads within an operator when a latency is measured; none: as many as PyTorch uses.
         importance: What heads are ranked by; see `RemoveChannels`.
         scope: `layer`: every layer loses alike, as a Hugging Face configuration needs it; `global`: one
-            ranking for all.
+            ranking for all; `cost`: one ranking by what the outputs lose with a head, per multiply-accumulate (with
+            `parameters`, per parameter) that it saves, measured on calibration data.
         round_to: What is left of a layer's heads is a multiple of this.
         layers: Patterns of the layers that make queries, keys and values, or of modules around them.
         exclude: Patterns of layers to leave as they are.

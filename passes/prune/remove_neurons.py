@@ -23,7 +23,7 @@ class RemoveNeurons(Removal):
 
     Attributes:
         ratio: Fraction of the neurons of every group to remove (0 ≤ r < 1), rounded down; with
-            `scope=global` of all groups together.
+            `scope=global` or `cost` of all groups together.
         macs: Instead of a ratio: fraction of the multiply-accumulates that may be left.
         parameters: Instead of a ratio: fraction of the parameters that may be left.
         latency: Instead of a ratio: fraction of the measured time of a call that may be left.
@@ -32,7 +32,8 @@ class RemoveNeurons(Removal):
         threads: Threads within an operator when a latency is measured; none: as many as PyTorch uses.
         importance: What neurons are ranked by; see `RemoveChannels`.
         scope: `layer`: every layer loses alike, as a Hugging Face configuration needs it; `global`: one
-            ranking for all.
+            ranking for all; `cost`: one ranking by what the outputs lose with a neuron, per multiply-accumulate (with
+            `parameters`, per parameter) that it saves, measured on calibration data.
         round_to: What is left of a group is a multiple of this.
         layers: Patterns of the layers that make the neurons.
         exclude: Patterns of layers to leave as they are, with everything that is tied to them.

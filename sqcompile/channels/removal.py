@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, fx
 
 from sqcompile.channels.budget import BUDGETS, Budgeted
 from sqcompile.channels.compensate import compensate, losses
 from sqcompile.channels.cost import Costs
-from sqcompile.channels.flow import flow_of
+from sqcompile.channels.flow import Flow, flow_of
 from sqcompile.channels.groups import Group, Groups, find_groups
 from sqcompile.channels.importance import NEEDS_DATA, Importance, score_units
-from sqcompile.channels.select import Choice, Scores, choose_by_budget, choose_by_ratio, without_overlap
+from sqcompile.channels.select import (
+    Choice,
+    Scope,
+    Scores,
+    choose_by_budget,
+    choose_by_ratio,
+    without_overlap,
+)
 from sqcompile.channels.shrink import Shrink
 from sqcompile.errors import ChannelGroupError
+from sqcompile.evaluate import run_watched
 from sqcompile.layers import layers_of, select_layers
 from sqcompile.levels import Level
+from sqcompile.metrics import DistanceMeter
 from sqcompile.pipeline import Keeps, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
@@ -30,7 +40,7 @@ class Removal(Budgeted, register=False):
 
     Attributes:
         importance: What units are ranked by.
-        scope: Whether every group loses alike.
+        scope: Whether every group loses alike, and if not, how their units compare.
         round_to: What is left of a group is a multiple of this.
         layers: Patterns of the layers that make what is removed.
         exclude: Patterns of layers to leave as they are.
@@ -42,7 +52,7 @@ class Removal(Budgeted, register=False):
     keeps: ClassVar[Keeps] = Keeps.interface()
 
     importance: Importance = "l2"
-    scope: Literal["layer", "global"] = "layer"
+    scope: Scope = "layer"
     round_to: int = 1
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -87,20 +97,29 @@ class Removal(Budgeted, register=False):
         shrink = Shrink(groups.flow, edit, choice.atoms(chosen))
         after = costs.macs(shrink.factors)
         if choice.removed:
-            dense = program.snapshot() if self.compensate else None
-            lost = (
-                []
-                if dense is None
-                else losses(dense, _losing(chosen, choice), _keep_of(shrink), context.remark)
-            )
-            shrink.run()
-            if dense is not None:
-                compensate(edit, dense, lost, context, max_bytes=self.max_bytes)
+            self._take(edit, shrink, _losing(chosen, choice), context, context.remark)
         facts |= {
             "kept": {name: _kept(chosen, name, gone) for name, gone in choice.removed.items()},
             "macs": {"before": before, "after": after},
         }
         return PassResult(changes=edit.finish(), facts=facts)
+
+    def _take(
+        self,
+        edit: Rewriter,
+        shrink: Shrink,
+        losing: Sequence[Group],
+        context: PassContext,
+        remark: Callable[[fx.Node, str], None],
+    ) -> None:
+        """Remove the units, and refit what read them if that is asked for."""
+        if not self.compensate:
+            shrink.run()
+            return
+        dense = edit.program.snapshot()
+        lost = losses(dense, losing, _keep_of(shrink), remark)
+        shrink.run()
+        compensate(edit, dense, lost, context, max_bytes=self.max_bytes)
 
     def _chosen(self, program: Program, groups: Groups, context: PassContext) -> list[Group]:
         """Return the groups to take from; say why others that were asked for cannot shrink."""
@@ -134,29 +153,31 @@ class Removal(Budgeted, register=False):
     ) -> tuple[Choice, dict[str, Any]]:
         """Return which units go, and what was measured to find that out."""
         scores = self._scores(program, chosen, context)
-        together = self.scope == "global"
-
-        def by_ratio(ratio: float) -> Choice:
-            return choose_by_ratio(chosen, scores, ratio, together=together, round_to=self.round_to)
-
-        if self.ratio is not None:
-            return by_ratio(self.ratio), {}
-        smallest = by_ratio(1 - 1e-6)
         measure = costs.parameters if self.parameters is not None else costs.macs
         whole = measure()
+        facts: dict[str, Any] = {}
+        if self.scope == "cost":
+            scores, facts = self._per_cost(program, groups.flow, chosen, scores, measure, context)
+
+        def by_ratio(ratio: float) -> Choice:
+            return choose_by_ratio(chosen, scores, ratio, scope=self.scope, round_to=self.round_to)
+
+        if self.ratio is not None:
+            return by_ratio(self.ratio), facts
+        smallest = by_ratio(1 - 1e-6)
 
         def share(choice: Choice) -> float:
             view = Shrink(groups.flow, Rewriter(program), choice.atoms(chosen))
             return measure(view.factors) / whole
 
         def by_share(budget: float) -> Choice | None:
-            return choose_by_budget(chosen, scores, share, budget, together=together, round_to=self.round_to)
+            return choose_by_budget(chosen, scores, share, budget, scope=self.scope, round_to=self.round_to)
 
         if self.budget in ("macs", "parameters"):
             within = by_share(getattr(self, self.budget))
             if within is None:
                 raise self.unreachable(self.budget, share(smallest), "with one unit of each group")
-            return within, {}
+            return within, facts
 
         def candidate(budget: float) -> tuple[Choice, float]:
             found = by_share(budget) or smallest
@@ -171,7 +192,57 @@ class Removal(Budgeted, register=False):
             return copy
 
         choice, measured = self.meet_latency(program, Choice({}), candidate, shrunk, context)
-        return choice, {"latency": measured}
+        return choice, {**facts, "latency": measured}
+
+    def _per_cost(
+        self,
+        program: Program,
+        flow: Flow,
+        chosen: Sequence[Group],
+        scores: Scores,
+        measure: Callable[..., int],
+        context: PassContext,
+    ) -> tuple[Scores, dict[str, Any]]:
+        """Return for every unit what the outputs lose with it, per multiply-accumulate or parameter that it saves.
+
+        Half of each group goes by itself, and the outputs are compared. What they lose is shared out among the
+        units by their squared scores; a unit saves the same wherever it stands in the ranking.
+        """
+        whole, trials, halves = measure(), dict[str, Program](), dict[str, Choice]()
+        for group in context.progress.track(chosen, "removing half of each group"):
+            half = choose_by_ratio([group], scores, 0.5)
+            if half.removed:
+                halves[group.name] = half
+                trials[group.name] = self._trial(program, group, half, context)
+        meters = {name: DistanceMeter() for name in trials}
+        for batch in context.batches("comparing outputs"):
+            wanted = _outputs(program, batch)
+            for name, trial in trials.items():
+                for before, after in zip(wanted, _outputs(trial, batch), strict=True):
+                    meters[name].add(before, after)
+        found, noise = {}, {}
+        for group in chosen:
+            squares = scores[group.name] ** 2
+            found[group.name] = squares
+            if group.name not in trials:  # a single unit, which stays
+                continue
+            choice = halves[group.name]
+            gone = choice.removed[group.name]
+            view = Shrink(flow, Rewriter(program), choice.atoms([group]))
+            saved = max(whole - measure(view.factors), 1) / len(gone)
+            noise[group.name] = meters[group.name].result().noise
+            found[group.name] = squares * (noise[group.name] / max(float(squares[gone].sum()), 1e-30) / saved)
+        return found, {"noise without half": noise}
+
+    def _trial(self, program: Program, group: Group, choice: Choice, context: PassContext) -> Program:
+        """Return a copy of the program that has lost units of one group."""
+        copy = program.snapshot()
+        edit = Rewriter(copy, self.name)
+        # The same graph has the same atoms.
+        shrink = Shrink(flow_of(copy), edit, choice.atoms([group]))
+        self._take(edit, shrink, [group], context, lambda node, reason: None)
+        edit.finish()
+        return copy
 
     def _scores(self, program: Program, chosen: Sequence[Group], context: PassContext) -> Scores:
         def batches() -> Iterable[Sequence[Any]]:
@@ -190,7 +261,7 @@ class Removal(Budgeted, register=False):
         return scores
 
     def _why_none(self, group: Group) -> str:
-        if self.scope == "global":
+        if self.scope != "layer":
             return "they matter more than others"
         if self.round_to > 1:
             return f"what is left is a multiple of {self.round_to}"
@@ -210,6 +281,11 @@ def _named_in_vain(name: str, groups: Sequence[Group]) -> ChannelGroupError:
         expected="layers of whose outputs a part can go, of the kind that the pass removes",
         next_step="name other layers, or kinds (RemoveChannels); or change the line that ties the size",
     )
+
+
+def _outputs(program: Program, batch: Sequence[Any]) -> list[Tensor]:
+    values = run_watched(program, batch, (), lambda node, value: None)
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def _losing(chosen: Sequence[Group], choice: Choice) -> list[Group]:

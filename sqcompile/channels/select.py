@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from sqcompile.sparsity import removed_count
 
 Scores = Mapping[str, NDArray[np.float64]]
 """Importance of every unit, by name of the group."""
+
+Scope = Literal["layer", "global", "cost"]
+"""Which units are compared: those of one group; of all, relative to their group's mean; of all, as they are."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Choice:
 
 
 def choose_by_ratio(
-    groups: Sequence[Group], scores: Scores, ratio: float, *, together: bool = False, round_to: int = 1
+    groups: Sequence[Group], scores: Scores, ratio: float, *, scope: Scope = "layer", round_to: int = 1
 ) -> Choice:
     """Choose the least important units.
 
@@ -41,14 +45,14 @@ def choose_by_ratio(
         groups: Groups to take from.
         scores: Importance of each unit; larger is kept. Ties go by position, the later first kept.
         ratio: Fraction of units to remove, 0 ≤ ratio < 1, rounded down.
-        together: Rank the units of all groups together, their scores divided by their group's mean, and
-            not those of each group by themselves.
+        scope: `layer` ranks the units of each group by themselves, the others those of all groups together:
+            `global` with scores divided by their group's mean, `cost` with scores that compare as they are.
         round_to: What is left of a group is a multiple of this, where the group has that many.
     """
-    if not together:
+    if scope == "layer":
         counts = {group.name: removed_count(len(group), ratio) for group in groups}
     else:
-        counts = _common_counts(groups, scores, ratio)
+        counts = _common_counts(groups, scores, ratio, relative=scope == "global")
     removed = {}
     for group in groups:
         count = _rounded(len(group), counts[group.name], round_to)
@@ -64,7 +68,7 @@ def choose_by_budget(
     cost: Callable[[Choice], float],
     budget: float,
     *,
-    together: bool = False,
+    scope: Scope = "layer",
     round_to: int = 1,
 ) -> Choice | None:
     """Choose as few units as bring the cost down to a budget.
@@ -74,7 +78,7 @@ def choose_by_budget(
         scores: Importance of each unit.
         cost: What the program costs without the units of a choice.
         budget: What it may cost.
-        together: As in `choose_by_ratio`.
+        scope: As in `choose_by_ratio`.
         round_to: As in `choose_by_ratio`.
 
     Returns:
@@ -82,7 +86,7 @@ def choose_by_budget(
     """
 
     def at(ratio: float) -> Choice:
-        return choose_by_ratio(groups, scores, ratio, together=together, round_to=round_to)
+        return choose_by_ratio(groups, scores, ratio, scope=scope, round_to=round_to)
 
     low, high = 0.0, 1.0 - 1e-6
     best = at(low)
@@ -134,17 +138,21 @@ def _rounded(size: int, count: int, round_to: int) -> int:
     return size - left
 
 
-def _common_counts(groups: Sequence[Group], scores: Scores, ratio: float) -> dict[str, int]:
+def _common_counts(
+    groups: Sequence[Group], scores: Scores, ratio: float, *, relative: bool
+) -> dict[str, int]:
     """Return how many units of each group are among the least important of all."""
     if not groups:
         return {}
-    relative = [scores[group.name] / max(float(scores[group.name].mean()), 1e-30) for group in groups]
+    ranked = [scores[group.name] for group in groups]
+    if relative:
+        ranked = [values / max(float(values.mean()), 1e-30) for values in ranked]
     owner = np.concatenate([np.full(len(group), index) for index, group in enumerate(groups)])
     # The most important unit of each group stays, so it is not in the ranking.
-    values = np.concatenate(relative)
+    values = np.concatenate(ranked)
     for index, group in enumerate(groups):
         start = int(np.flatnonzero(owner == index)[0])
-        values[start + int(np.argmax(relative[index]))] = math.inf
+        values[start + int(np.argmax(ranked[index]))] = math.inf
         assert len(group)
     order = np.argsort(values, kind="stable")[: removed_count(len(values), ratio)]
     order = order[np.isfinite(values[order])]

@@ -290,6 +290,57 @@ def test_a_global_ranking_takes_more_where_channels_matter_less() -> None:
     assert min(map(len, everything.values())) >= 1
 
 
+class Stages(nn.Module):
+    """Two pairs of convolutions of one shape, of which the first runs at 16 times as many places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large1, self.large2 = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 1)
+        self.small1, self.small2 = nn.Conv2d(2, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.large2(torch.relu(self.large1(x)))
+        x = nn.functional.avg_pool2d(x, 4)
+        result: Tensor = x + self.small2(torch.relu(self.small1(x)))
+        return result
+
+
+def widths(item: Pass, model: nn.Module) -> dict[str, int]:
+    program = trace(model, (data(2, 2, 8, 8),))
+    context = PassContext(
+        Calibration([(data(2, 2, 8, 8, seed=seed),) for seed in range(3)], program.signature)
+    )
+    found = {"large1": 8, "small1": 8}
+    return found | {name: len(left) for name, left in kept(item, program, context).items()}
+
+
+@pytest.mark.parametrize(("importance", "compensate"), [("l2", False), ("l2", True), ("hessian", False)])
+def test_a_ranking_by_cost_takes_what_saves_more(importance: str, compensate: bool) -> None:
+    item = RemoveChannels(macs=0.5, scope="cost", importance=importance, compensate=compensate)  # type: ignore[arg-type]
+    found = widths(item, seeded(Stages))
+    assert found == {"large1": 3, "small1": 8}  # of 17 parts the small pair has one
+
+
+def test_a_ranking_by_cost_spares_what_the_outputs_need() -> None:
+    """Scores relative to a group's mean do not know that the outputs hardly see one of two groups."""
+    model = seeded(Stages)
+    with torch.no_grad():
+        model.large2.weight *= 1000  # type: ignore[operator]
+        model.small2.weight *= 0.001  # type: ignore[operator]
+    for scope, alike in (("global", True), ("cost", False)):
+        found = widths(RemoveChannels(parameters=0.6, scope=scope), model)  # type: ignore[arg-type]
+        assert (found["large1"] < 8) == alike
+        assert found["small1"] < 8
+
+
+def test_a_ranking_by_cost_keeps_groups_of_one_and_needs_data() -> None:
+    program = trace(net(), (X,))
+    context = PassContext(Calibration([(X,)], program.signature))
+    assert min(map(len, kept(RemoveChannels(ratio=0.99, scope="cost"), program, context).values())) == 1
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        remove(RemoveChannels(ratio=0.5, scope="cost"), program)
+
+
 def test_round_to_leaves_multiples() -> None:
     found = kept(RemoveChannels(ratio=0.3, round_to=4), zoo_program("vgg"))
     # 8 channels would become 6, and stay; 16 would become 12
