@@ -62,6 +62,13 @@ class Session(ABC):
         """
         return {}
 
+    def peak(self) -> float | None:
+        """Return how many multiply-adds of 8-bit codes its threads could do in a ns, or None if that is not known.
+
+        It is measured when asked for, with operands that are in registers already.
+        """
+        return None
+
     def generate(
         self,
         input_ids: Any,

@@ -12,6 +12,7 @@ import torch
 from sqcompile.errors import InputError
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.report import Latency, Report
+from sqcompile.statistics import multiply_adds
 
 if TYPE_CHECKING:
     from sqcompile.api import Compiled
@@ -27,7 +28,7 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
         threads: Threads within an operator; None: as many as PyTorch uses.
 
     Returns:
-        The report, with latency, file size of the dense model and the times of the layers.
+        The report, with latency, file size of the dense model, and of the layers times and shares of the peak.
 
     Raises:
         InputError: If there are no inputs to measure with, or no runs.
@@ -62,10 +63,15 @@ def measure_latency(compiled: Compiled, inputs: Sequence[Any], *, runs: int, thr
     dense_times = dense_session.profile(inputs, layers)
     compiled_times = session.profile(inputs, layers)
     predicted = compiled.artifact.predict(inputs)
+    counts = multiply_adds(compiled.program, inputs)
+    report.peak = session.peak()
     for row in report.layers:
         row.dense_ns = dense_times.get(row.name)
         row.compiled_ns = compiled_times.get(row.name)
         row.predicted_ns = predicted.get(row.name)
+        row.multiply_adds = counts.get(row.name)
+        if report.peak and row.compiled_ns and row.multiply_adds and row.has_codes:
+            row.peak_share = row.multiply_adds / row.compiled_ns / report.peak
     return report
 
 

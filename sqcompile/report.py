@@ -60,6 +60,9 @@ class LayerRow:
         dense_ns: Time of the layer in the dense model on this machine, or None if not measured.
         compiled_ns: Time of the layer in the compiled model, or None if not measured.
         predicted_ns: Time that the backend's cost model says, for the inputs that were measured or checked.
+        multiply_adds: Of the call that was measured, those with zeros included, or None if not measured.
+        peak_share: Of an integer layer, its multiply-adds as a part of those that the machine could do in its time, or
+            None if not measured. Where zeros are skipped it may exceed 1.
         form: How the backend stores and multiplies the weight, where it had a choice.
         remark: What that choice costs, or why zeros do not pay.
     """
@@ -79,8 +82,20 @@ class LayerRow:
     dense_ns: float | None = None
     compiled_ns: float | None = None
     predicted_ns: float | None = None
+    multiply_adds: int | None = None
+    peak_share: float | None = None
     form: str = ""
     remark: str = ""
+
+    @property
+    def kept_share(self) -> float | None:
+        """`peak_share` of the multiply-adds with weights that are not zero alone."""
+        return None if self.peak_share is None else self.peak_share * (1 - self.sparsity)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the weight is stored as codes."""
+        return self.weight.startswith(("int", "uint", "table"))
 
     @property
     def verdict(self) -> str:
@@ -134,6 +149,7 @@ class Report:
         output_distance: Distance of the compiled program's outputs from the original's, in the reference.
         backend_distance: Distance of the backend's outputs from the reference's.
         latency: Time dense against compiled, or None if not measured.
+        peak: Multiply-adds of 8-bit codes that as many threads can do in a ns, or None if not measured.
         seconds: Time of each stage (`trace`, `passes`, `lower`, …), in s.
         notes: What the backend has to say about its choices.
         environment: CPU, threads and versions.
@@ -155,6 +171,7 @@ class Report:
     output_distance: Distance | None = None
     backend_distance: Distance | None = None
     latency: Latency | None = None
+    peak: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -201,7 +218,7 @@ class Report:
         return json.dumps({**_plain(self), **names}, indent=2)
 
     def to_html(self, path: str | Path) -> None:
-        """Write the printed report as one HTML file.
+        """Write the report as one HTML page that needs no network: tables that sort, pictures, the graph's changes.
 
         Raises:
             FileError: If the path cannot be written.

@@ -14,11 +14,13 @@ from sqcompile.metrics import Distance
 
 if TYPE_CHECKING:
     from sqcompile.pipeline.manager import PassRecord
-    from sqcompile.report import Report
+    from sqcompile.report import LayerRow, Report
 
 _MAX_REMARKS = 8
 _MAX_NAMES = 3
 _BAR = 40
+_MAX_BARS = 24
+_MENTIONED = 0.05  # of zeros
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -31,6 +33,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_layers(report))
         for line in _choices(report):
             console.print(Text(line))
+        times = _times(report)
+        if times is not None:
+            console.print(times)
     for record in report.passes:
         if record.facts.get("frontier"):
             console.print(_frontier(record))
@@ -60,6 +65,14 @@ def time_text(time_ns: float | None) -> str:
         if time_ns >= limit:
             return f"{time_ns / limit:.2f} {unit}"
     return f"{time_ns:.0f} ns"
+
+
+def share_text(row: LayerRow) -> str:
+    """Return a layer's share of the peak: `62 %`, and what is left of it without zeros: `210 %, 32 % without zeros`."""
+    if row.peak_share is None or row.kept_share is None:
+        return ""
+    kept = f", {100 * row.kept_share:.0f} % without zeros" if row.sparsity >= _MENTIONED else ""
+    return f"{100 * row.peak_share:.0f} %{kept}"
 
 
 def sqnr_text(distance: Distance | None) -> str:
@@ -183,6 +196,31 @@ def _frontier(record: PassRecord) -> Table:
     return table
 
 
+def _times(report: Report) -> Table | None:
+    """Return the slowest layers with bars as long as their times, filled as far as the peak would have needed."""
+    rows = [(row.compiled_ns, row) for row in report.layers if row.compiled_ns]
+    if not rows:
+        return None
+    rows.sort(key=lambda item: -item[0])
+    title = "Time by layer"
+    if report.peak:
+        title += (
+            f" (█: what {report.peak:.0f} multiply-adds a ns would take for the weights that are not zero)"
+        )
+    table = Table("layer", "time", "of a call", "", title=title, title_justify="left", box=None)
+    total = report.latency.compiled_ns if report.latency is not None else sum(time for time, _ in rows)
+    for time, row in rows[:_MAX_BARS]:
+        length = max(1, round(_BAR * time / rows[0][0]))
+        full = min(length, round(length * (row.kept_share or 0.0)))
+        bar = "█" * full + "░" * (length - full)
+        _add_row(table, row.name, time_text(time), f"{100 * time / total:.1f} %", f"{bar} {share_text(row)}")
+    rest = rows[_MAX_BARS:]
+    if rest:
+        time = sum(time for time, _ in rest)
+        _add_row(table, f"{len(rest)} others", time_text(time), f"{100 * time / total:.1f} %", "")
+    return table
+
+
 def _layers(report: Report) -> Table:
     table = Table(title="Layers", title_justify="left")
     timed = any(row.compiled_ns is not None for row in report.layers)
@@ -190,6 +228,8 @@ def _layers(report: Report) -> Table:
     chosen = any(row.form for row in report.layers)
     columns += ["runs as", "predicted"] if chosen else []
     columns += ["measured", "dense", "verdict"] if timed else []
+    peaks = any(row.peak_share is not None for row in report.layers)
+    columns += ["of peak"] if peaks else []
     for column in columns:
         right = column in ("zeros", "size", "SQNR", "predicted", "measured", "dense")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
@@ -209,5 +249,7 @@ def _layers(report: Report) -> Table:
             cells += [row.form, time_text(row.predicted_ns)]
         if timed:
             cells += [time_text(row.compiled_ns), time_text(row.dense_ns), row.verdict]
+        if peaks:
+            cells += [share_text(row)]
         _add_row(table, *cells, style="bold" if row is blamed else None)
     return table

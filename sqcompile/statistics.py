@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -40,6 +43,40 @@ class Size:
     def bits_per_parameter(self) -> float:
         """Average bits a parameter, scales and zero points included."""
         return 8 * self.size_bytes / self.parameters if self.parameters else 0.0
+
+
+def multiply_adds(program: Program, inputs: Sequence[Any]) -> dict[str, int]:
+    """Count the multiply-adds of each layer in one call, those with zeros included; a table that is read has none.
+
+    Args:
+        program: The program.
+        inputs: Flat, checked inputs of the call.
+    """
+    sizes: dict[sympy.Symbol, int] = {}
+    for node, item in zip(program.placeholders, inputs, strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and isinstance(item, torch.Tensor):
+            sizes.update(zip(map(_expression, value.shape), item.shape, strict=True))
+
+    def count(node: fx.Node) -> int:
+        return int(math.prod(sympy.sympify(_expression(size)).subs(sizes) for size in node.meta["val"].shape))
+
+    found: dict[str, int] = {}
+    for layer in layers_of(program):
+        if layer.kind == "embedding" or layer.data is None:
+            continue
+        weight = layer.weight_value.meta["val"]
+        # Each input of a transposed convolution meets as many weights as each output of any other layer.
+        transposed = layer.kind.startswith("conv_transpose")
+        places = count(layer.data if transposed else layer.node)
+        axis = layer.operator.in_axis if transposed else layer.operator.out_axis
+        each = weight.numel() // max(weight.shape[axis], 1)
+        found[layer.name] = found.get(layer.name, 0) + places * each
+    return found
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def program_size(program: Program) -> Size:

@@ -235,6 +235,29 @@ class TestTexts:
         text = str(report())
         assert "Passes" not in text and "Layers" not in text and "sqcompile: Model" in text
 
+    def test_times_are_drawn_with_their_shares_of_the_peak(self) -> None:
+        """A machine of 100 multiply-adds a ns: `dense` takes twice as long as it could, `sparse` skips what is zero."""
+        dense = row("dense", compiled_ns=4000.0, dense_ns=9000.0, multiply_adds=200_000, peak_share=0.5)
+        sparse = row("sparse", compiled_ns=1000.0, dense_ns=9000.0, multiply_adds=200_000, peak_share=2.0)
+        sparse.sparsity = 0.75
+        floats = row("floats", compiled_ns=100.0, dense_ns=100.0, multiply_adds=1000)
+        few = [row(f"few{index}", compiled_ns=1.0) for index in range(30)]
+        text = str(report(layers=[floats, sparse, dense, *few], peak=100.0))
+        start = text.index("Time by layer")
+        assert "what 100 multiply-adds a ns would take" in text[start:]
+        bars = {line.split()[0]: line for line in text[start:].splitlines() if line.split()[1:]}
+        assert bars["dense"].count("█") == 20 and bars["dense"].count("░") == 20
+        assert bars["dense"].rstrip().endswith("50 %") and "4.00 µs" in bars["dense"]
+        assert bars["sparse"].count("█") == 5 and bars["sparse"].count("░") == 5
+        assert bars["sparse"].rstrip().endswith("200 %, 50 % without zeros")
+        assert bars["floats"].count("█") == 0 and bars["floats"].count("░") == 1
+        assert "9" in bars["9"].split()[0] and "others" in bars["9"]
+        assert "of peak" in text[:start] and "200 %" in text[:start]
+
+    def test_without_times_nothing_is_drawn(self) -> None:
+        text = str(report(layers=[row("layer")]))
+        assert "Time by layer" not in text and "of peak" not in text
+
     def test_the_frontier_is_drawn(self) -> None:
         points = [
             {"cost": 3.0, "predicted": 0.1},

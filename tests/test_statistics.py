@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.programs import data, mlp, seeded
+from support.programs import conv_net, data, mlp, seeded
 from torch import nn
 
 from sqcompile.layers import layers_of
 from sqcompile.program import Program
 from sqcompile.quantization.format import middle_code
 from sqcompile.rewrite import Rewriter
-from sqcompile.statistics import Size, program_size, stored_bits, weight_zeros
+from sqcompile.statistics import Size, multiply_adds, program_size, stored_bits, weight_zeros
 from sqcompile.tracing import trace
 
 ours = torch.ops.sqcompile
@@ -151,3 +151,35 @@ class TestZeros:
         weight[0, :3] = torch.tensor([0.0, -0.0, torch.nan])
         program.set_tensor("first.weight", weight)
         assert weight_zeros(program, layers_of(program)[0]) == 2
+
+
+class TestMultiplyAdds:
+    def test_of_convolutions(self) -> None:
+        """By hand: output places times weights of an output; inputs times weights of an input where transposed."""
+        assert multiply_adds(conv_net(), [data(2, 3, 6, 6)]) == {
+            "stem": 2 * 8 * 36 * 27,
+            "depthwise": 2 * 8 * 36 * 9,
+            "up": 2 * 8 * 36 * 6 * 4,
+            "head": 2 * 5 * 6,
+        }
+
+    def test_follow_the_sizes_of_a_call(self) -> None:
+        program = mlp(dynamic=True)
+        for batch in (1, 5):
+            assert multiply_adds(program, [data(batch, 8)]) == {
+                "first": batch * 16 * 8,
+                "second": batch * 16 * 4,
+            }
+
+    def test_a_table_that_is_read_multiplies_nothing_and_a_layer_used_twice_counts_twice(self) -> None:
+        class Twice(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(5, 8)
+                self.layer = nn.Linear(8, 8)
+
+            def forward(self, ids: torch.Tensor) -> torch.Tensor:
+                return self.layer(self.layer(self.table(ids)))
+
+        ids = torch.zeros(3, 2, dtype=torch.int64)
+        assert multiply_adds(trace(seeded(Twice), (ids,)), [ids]) == {"layer": 2 * 6 * 64}

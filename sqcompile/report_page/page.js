@@ -216,6 +216,7 @@
     const rows = report.layers;
     const some = (name) => rows.some((row) => row[name] !== null && row[name] !== "" && row[name] !== undefined);
     const verdict = (row) => h("span", { class: row.verdict.startsWith("does not") ? "bad" : "good" }, row.verdict);
+    const slowest = Math.max(...rows.map((row) => row.compiled_ns || 0), 1);
     const timing = (title, name) => ({ title, number: true, value: (row) => row[name], show: (row) => time(row[name]) });
     const columns = [
       { title: "layer", name: true, value: (row) => row.name, show: (row) => h("span", { title: row.place }, row.name) },
@@ -233,7 +234,10 @@
       ...(some("predicted_ns") ? [timing("predicted", "predicted_ns")] : []),
       ...(some("peak_share") ? [{ title: "of peak", number: true, value: (row) => row.peak_share,
         show: (row) => row.peak_share === null ? "" : percent(row.peak_share) }] : []),
-      ...(some("compiled_ns") ? [timing("measured", "compiled_ns"), timing("dense", "dense_ns"),
+      ...(some("compiled_ns") ? [
+        { title: "measured", number: true, value: (row) => row.compiled_ns, show: (row) => row.compiled_ns === null ? "" :
+          h("div", { class: "bar after" }, h("i", { style: `width: ${(6 * row.compiled_ns / slowest).toFixed(2)}rem` }), time(row.compiled_ns)) },
+        timing("dense", "dense_ns"),
         { title: "verdict", value: (row) => row.verdict, show: verdict }] : []),
     ];
     const { table, filter } = sortable(columns, rows, (row) => row.name === report.worst_layer ? "blamed" : null);

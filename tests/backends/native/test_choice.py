@@ -210,6 +210,14 @@ def test_the_report_states_forms_and_times_and_when_sparsity_does_not_pay(
     compiled.measure(torch.randn(6, 64)[:3], runs=2, threads=1)
     assert all(row.compiled_ns and row.dense_ns for row in rows.values())
     assert "measured" in str(compiled.report)
+    report = compiled.report
+    assert report.peak is not None and report.peak > 0
+    for name, weights in (("gate", 64 * 96), ("up", 64 * 32), ("down", 128 * 64)):
+        row = rows[name]
+        assert row.multiply_adds == 3 * weights and row.compiled_ns is not None
+        assert row.peak_share == pytest.approx(row.multiply_adds / row.compiled_ns / report.peak)
+        assert row.kept_share == pytest.approx(row.peak_share * (1 - row.sparsity))
+    assert "Time by layer" in str(report) and "without zeros" in str(report)
     assert '"predicted_ns"' in compiled.report.to_json()
 
 
