@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional
 
+from sqcompile.backends.native.artifact import NativeArtifact
+from sqcompile.backends.native.session import NativeSession
+from sqcompile.program import Program
+from sqcompile.tracing import trace
+
 Compare = Callable[..., Any]
+Lower = Callable[[Program], NativeArtifact]
+Load = Callable[..., NativeSession]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -320,6 +327,27 @@ def test_attention(compare: Compare) -> None:
     mask[0, 1, 2] = False  # a row that attends to nothing
     shapes = [(2, 4, 5, 8), (2, 4, 9, 8), (2, 4, 9, 8)]
     compare(function, [*(randn(*shape, seed=seed) for seed, shape in enumerate(shapes)), mask], rtol=2e-6)
+
+
+def test_attention_is_the_same_with_any_number_of_threads(lower: Lower, load: Load) -> None:
+    """With many heads for each thread, each takes whole heads; with few, they share what is arranged once."""
+
+    class Attend(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor) -> list[Tensor]:
+            attend = functional.scaled_dot_product_attention
+            return [
+                attend(q, k, v, is_causal=True),
+                attend(q, k, v, mask),
+                attend(q, k, v, bias),
+                attend(q, k[:, :2], v[:, :2], mask, enable_gqa=True),
+            ]
+
+    q, k, v = (randn(2, 4, length, 24, seed=length) for length in (30, 150, 150))
+    mask, bias = randn(2, 4, 30, 150, seed=3) > 0, randn(4, 30, 150, seed=5)
+    artifact = lower(trace(Attend(), (q, k, v, mask, bias)))
+    first, *others = [load(artifact, threads=threads).run([q, k, v, mask, bias]) for threads in (1, 2, 8)]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_repeated_heads_are_read_once(compare: Compare) -> None:

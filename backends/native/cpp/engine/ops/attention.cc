@@ -1,5 +1,7 @@
 // Scaled dot-product attention: keys and values are arranged as the kernel reads them, then it runs.
 
+#include <atomic>
+#include <cstdint>
 #include <initializer_list>
 
 #include "engine/kernels.h"
@@ -8,26 +10,65 @@
 namespace sqc {
 namespace {
 
-// Where things lie in the scratch memory.
+// With so many heads of keys for each thread, threads take whole heads: what a thread arranges it reads right away,
+// from the nearest cache. With fewer, some thread would be left with one more than others for too long.
+constexpr std::int64_t kHeadsOfAThread = 4;
+
+// Where things lie in the scratch memory: arrangements of keys and values, then what threads compute in.
 struct Places {
-  KvCache cache;
-  std::int64_t v, threads, bytes;
+  KvCache cache;       // of all heads, or of the one that a thread is at
+  bool by_head;        // the latter: a cache for each thread
+  std::int64_t v;      // values of a cache, behind its keys
+  std::int64_t stride;  // from one thread's cache to the next one's
+  std::int64_t threads, bytes;
 };
 
 Places places_of(const Operands& c, int threads) noexcept {
   const Tensor& key = c.in(1);
   const auto round_up = [](std::int64_t x, std::int64_t unit) { return (x + unit - 1) / unit * unit; };
   Places p = {};
+  p.by_head = key.shape[0] * key.shape[1] >= kHeadsOfAThread * threads;
   p.cache.type = KvType::f32;
-  p.cache.batch = key.shape[0];
-  p.cache.heads = key.shape[1];
+  p.cache.batch = p.by_head ? 1 : key.shape[0];
+  p.cache.heads = p.by_head ? 1 : key.shape[1];
   p.cache.capacity = round_up(key.shape[2] > 0 ? key.shape[2] : 1, kAttentionKeyBlock);
   p.cache.head_dim = key.shape[3];
   const KvBytes bytes = kv_bytes(p.cache);
   p.v = round_up(bytes.k, 64);
-  p.threads = p.v + round_up(bytes.v, 64);
+  p.stride = p.v + round_up(bytes.v, 64);
+  p.threads = p.by_head ? threads * p.stride : p.stride;
   p.bytes = p.threads + threads * round_up(attention_scratch_count(key.shape[3]) * 4, 64);
   return p;
+}
+
+// Each head by one thread, from the arrangement of its keys to its output.
+Status run_by_head(ThreadPool& pool, const Kernels& kernels, const Places& places, const KvcacheParams& append,
+                   const AttentionParams& params, std::int64_t batch, std::int64_t kv_heads, std::uint8_t* scratch) noexcept {
+  const std::int64_t items = batch * kv_heads, group = params.heads / kv_heads;
+  const std::int64_t mask_size = params.mask_kind == AttentionMask::additive ? 4 : 1;
+  const std::int64_t floats = attention_scratch_count(places.cache.head_dim);
+  std::atomic<std::int64_t> next{0};
+  return pool.run([&](int thread) {
+    KvcacheParams head_append = append;
+    AttentionParams head = params;
+    head_append.cache.k = scratch + thread * places.stride;
+    head_append.cache.v = scratch + thread * places.stride + places.v;
+    head.cache = head_append.cache;
+    head.heads = group;
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+      const std::int64_t b = i / kv_heads, h = i % kv_heads, first = h * group;
+      head_append.k = append.k + b * append.k_batch_stride + h * append.k_head_stride;
+      head_append.v = append.v + b * append.v_batch_stride + h * append.v_head_stride;
+      kernels.kvcache.run(head_append, 0, 1);
+      head.q = params.q + b * params.q_batch_stride + first * params.q_head_stride;
+      head.out = params.out + b * params.out_batch_stride + first * params.out_head_stride;
+      if (params.mask != nullptr) {
+        head.mask = static_cast<const std::uint8_t*>(params.mask) +
+                    (b * params.mask_batch_stride + first * params.mask_head_stride) * mask_size;
+      }
+      attention_of_item(kernels.attention, head, 0, reinterpret_cast<float*>(scratch + places.threads) + thread * floats);
+    }
+  });
 }
 
 }  // namespace
@@ -68,21 +109,18 @@ Status run_attention(RunContext& c) noexcept {
   cache.k = c.scratch;
   cache.v = c.scratch + places.v;
   const std::int64_t length = key.shape[2], begin = 0;
-  if (cache.batch > 0 && cache.heads > 0) {
-    const KvcacheParams append = {cache,
-                                  length,
-                                  &begin,
-                                  0,
-                                  key.as<float>(),
-                                  key.stride[0],
-                                  key.stride[1],
-                                  key.stride[2],
-                                  value.as<float>(),
-                                  value.stride[0],
-                                  value.stride[1],
-                                  value.stride[2]};
-    SQC_RETURN_IF_ERROR(kvcache(c.pool, c.kernels.kvcache, append));
-  }
+  const KvcacheParams append = {cache,
+                                length,
+                                &begin,
+                                0,
+                                key.as<float>(),
+                                key.stride[0],
+                                key.stride[1],
+                                key.stride[2],
+                                value.as<float>(),
+                                value.stride[0],
+                                value.stride[1],
+                                value.stride[2]};
   AttentionParams params = {};
   params.cache = cache;
   params.heads = query.shape[1];
@@ -108,6 +146,10 @@ Status run_attention(RunContext& c) noexcept {
     params.mask_head_stride = mask.shape[1] == 1 ? 0 : mask.stride[1];
     params.mask_query_stride = mask.shape[2] == 1 ? 0 : mask.stride[2];
   }
+  if (places.by_head) {
+    return run_by_head(c.pool, c.kernels, places, append, params, key.shape[0], key.shape[1], c.scratch);
+  }
+  if (cache.batch > 0 && cache.heads > 0) SQC_RETURN_IF_ERROR(kvcache(c.pool, c.kernels.kvcache, append));
   return attention(c.pool, c.kernels.attention, params, reinterpret_cast<float*>(c.scratch + places.threads));
 }
 

@@ -3,7 +3,7 @@
 //   y = f(x) (* factor)                    in float32; f by kernels/float_math.h, whose errors it states
 //
 //   sigmoid    1 / (1 + exp(-x))           silu       x * sigmoid(x)
-//   gelu       x * (1 + erf(x / sqrt(2))) / 2, without cancellation on the negative side
+//   gelu       x * (1 + erf(x / sqrt(2))) / 2, exact to 2.5e-7 of x
 //   gelu_tanh  x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): this is x (1 + tanh(u)) / 2
 //
 // The gate of a Llama layer is silu with factor: both halves of one product's rows, x at its begin and factor

@@ -44,6 +44,14 @@ std::int64_t attention_scratch_count(std::int64_t head_dim) noexcept {
   return kAttentionTileRows * (2 * kv_row(head_dim) + kAttentionKeyBlock + 2 * 16) + 2 * kAttentionKeyBlock * kv_row(head_dim);
 }
 
+void attention_of_item(const Kernel<AttentionFunction>& kernel, const AttentionParams& p, std::int64_t item,
+                       float* scratch) noexcept {
+  const std::int64_t rows = p.heads / p.cache.heads * p.queries;
+  for (std::int64_t first = 0; first < rows; first += kAttentionTileRows) {
+    kernel.run(p, {item, first, rows - first < kAttentionTileRows ? rows - first : kAttentionTileRows}, scratch);
+  }
+}
+
 Status attention(ThreadPool& pool, const Kernel<AttentionFunction>& kernel, const AttentionParams& p,
                  float* scratch) noexcept {
   SQC_RETURN_IF_ERROR(check(p));

@@ -72,6 +72,10 @@ const Kernel<AttentionFunction>& attention_kernel(Isa isa) noexcept;
 // Floats of scratch that a thread needs.
 std::int64_t attention_scratch_count(std::int64_t head_dim) noexcept;
 
+// All tiles of one item, by the thread that calls it; the parameters are those that `attention` takes, unchecked.
+void attention_of_item(const Kernel<AttentionFunction>& kernel, const AttentionParams& params, std::int64_t item,
+                       float* scratch) noexcept;
+
 // Checks the parameters and runs `kernel` on all tiles; `scratch` holds pool.threads() times
 // attention_scratch_count floats. The result does not depend on the kernel or the number of threads, bit for
 // bit, NaNs excepted: which bits a NaN has is the instruction set's choice.
