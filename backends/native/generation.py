@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from sqcompile.backends.native import _native
 from sqcompile.backends.native.kernels import default_isa
 from sqcompile.errors import BackendError, InputError
+from sqcompile.generation import OnToken, as_tokens
 
 KV_CACHES = ("float32", "int8")
-
-OnToken = Callable[[int, int], object]
-"""Sees (row, token) when a token is chosen; False ends the generation."""
 
 
 class TextGenerator:
@@ -166,66 +162,6 @@ def no_generation(model: _native.Model) -> BackendError:
         expected="a causal language model: input_ids [batch, sequence], both dynamic, to logits",
         next_step="call the model itself; or trace it with a dynamic batch and sequence",
     )
-
-
-def as_tokens(tokens: Any, where: str) -> NDArray[np.int64]:
-    """Return token ids as an array.
-
-    Raises:
-        InputError: If they are no list of whole numbers.
-    """
-    try:
-        array = np.asarray(tokens.detach().cpu() if isinstance(tokens, torch.Tensor) else tokens)
-    except (ValueError, TypeError):
-        array = np.zeros((0, 0))
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InputError(
-            "Tokens are whole numbers in a row.",
-            where=where,
-            seen=f"{array.dtype} with {array.ndim} dimensions" if array.size else "nothing of that kind",
-            expected="one dimension of token ids",
-            next_step="pass what the tokenizer returns as input_ids",
-        )
-    return np.ascontiguousarray(array, dtype=np.int64)
-
-
-def split_rows(input_ids: Any, attention_mask: Any) -> list[NDArray[np.int64]]:
-    """Return each row's tokens without its padding.
-
-    Raises:
-        InputError: If shapes do not fit, or padding lies between tokens.
-    """
-    if isinstance(input_ids, (torch.Tensor, np.ndarray)) and input_ids.ndim != 2:
-        raise InputError(
-            "Prompts are rows of tokens.",
-            where="input_ids",
-            seen=f"shape {tuple(input_ids.shape)}",
-            expected="[batch, sequence], or a list of lists of different lengths",
-            next_step="add a batch dimension: input_ids[None]",
-        )
-    rows = [as_tokens(row, f"row {number} of input_ids") for number, row in enumerate(input_ids)]
-    if attention_mask is None:
-        return rows
-    masks = [np.asarray(row).astype(bool) for row in attention_mask]
-    if [mask.shape for mask in masks] != [row.shape for row in rows]:
-        raise InputError(
-            "The mask does not fit the prompts.",
-            where="attention_mask",
-            seen=f"{len(masks)} rows of {sorted({mask.shape for mask in masks})}",
-            expected=f"{len(rows)} rows of {sorted({row.shape for row in rows})}",
-            next_step="pass the attention_mask that the tokenizer returned with input_ids",
-        )
-    for number, mask in enumerate(masks):
-        places = np.flatnonzero(mask)
-        if len(places) and places[-1] - places[0] + 1 != len(places):
-            raise InputError(
-                "Padding lies between tokens.",
-                where=f"row {number} of attention_mask",
-                seen=f"{len(places)} ones between places {places[0]} and {places[-1]}",
-                expected="zeros before or behind the tokens only",
-                next_step="pad on one side",
-            )
-    return [row[mask] for row, mask in zip(rows, masks, strict=True)]
 
 
 def _run(call: Callable[[], Any], what: str) -> Any:

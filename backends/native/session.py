@@ -17,11 +17,12 @@ from sqcompile.backend import Session
 from sqcompile.backends.native import _native
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.cpu import cpu_features
-from sqcompile.backends.native.generation import OnToken, TextGenerator, no_generation, split_rows
+from sqcompile.backends.native.generation import TextGenerator, no_generation
 from sqcompile.backends.native.kernels import default_isa
 from sqcompile.backends.native.plan import names_of
 from sqcompile.errors import BackendError, FileError, InputError
 from sqcompile.files import require_file
+from sqcompile.generation import OnToken, continued, split_rows, tokens_needed
 from sqcompile.signature import Signature
 
 _MOST_THREADS = 256
@@ -152,37 +153,14 @@ class NativeSession(Session):
                 on_token=on_token,
             )
         new = [found[row] for row in range(len(prompts))]
-        if not isinstance(input_ids, (torch.Tensor, np.ndarray)):
-            return [[*map(int, prompt), *tokens] for prompt, tokens in zip(input_ids, new, strict=True)]
-        if pad_token_id is None:
-            ends = [eos_token_id] if isinstance(eos_token_id, int) else [*(eos_token_id or ()), 0]
-            pad_token_id = ends[0]
-        longest = max(map(len, new), default=0)
-        padded = [[*tokens, *[pad_token_id] * (longest - len(tokens))] for tokens in new]
-        before = torch.as_tensor(input_ids).to(torch.int64)
-        return torch.cat([before, torch.tensor(padded, dtype=torch.int64).reshape(len(new), longest)], 1)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        return continued(input_ids, new, ends, pad_token_id)
 
     def _generator_for(
         self, prompts: Sequence[NDArray[np.int64]], max_new_tokens: int, kv_cache: str
     ) -> TextGenerator:
         """Return an empty generator with room for a call; it is kept for the next one."""
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
-            raise InputError(
-                "Tokens are counted in whole numbers.",
-                where="max_new_tokens",
-                seen=repr(max_new_tokens),
-                expected="a number from 0 on",
-                next_step="pass an int",
-            )
-        needed = max((len(prompt) for prompt in prompts), default=1) + max(max_new_tokens - 1, 0)
-        if needed > self.model.limit:
-            raise InputError(
-                "The text becomes longer than the model takes.",
-                where="input_ids and max_new_tokens",
-                seen=f"{needed} tokens before the last new one",
-                expected=f"at most {self.model.limit}",
-                next_step="shorten the prompt, or ask for fewer tokens",
-            )
+        needed = tokens_needed(prompts, max_new_tokens, self.model.limit)
         generator = self._generators.get(kv_cache)
         if generator is None or generator.rows < len(prompts) or generator.capacity < needed:
             room = min(self.model.limit, max(256, 1 << (needed - 1).bit_length()))

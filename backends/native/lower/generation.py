@@ -23,7 +23,7 @@ import numpy as np
 import sympy
 
 from sqcompile.backends.native.file import as_size
-from sqcompile.backends.native.lower.positions import LOW, Affine, Band, Known, Positions, match_groups
+from sqcompile.backends.native.lower.positions import Positions
 from sqcompile.backends.native.plan import (
     NUMPY_DTYPES,
     Generation,
@@ -34,6 +34,7 @@ from sqcompile.backends.native.plan import (
     SymbolRange,
     Value,
 )
+from sqcompile.positions import LOW, Affine, Band, Known, match_groups
 
 NEW, LAST, ALL = "new", "last", "all"
 
@@ -686,8 +687,8 @@ _UNARY = (
 _BINARY = "add sub mul minimum maximum div pow eq ne lt le bit_and bit_or bit_xor where"
 
 _IMAGES = (
-    "conv conv_depthwise conv_q8 conv_q8_depthwise conv_q8_block quantize_image add_codes mul_codes look_up_codes "
-    "max_pool average_pool average_codes adaptive_average resize_nearest resize_bilinear pad"
+    "conv conv_depthwise conv_q8 conv_q8_depthwise conv_q8_block conv_q8_sparse quantize_image add_codes mul_codes "
+    "look_up_codes max_pool average_pool average_codes adaptive_average resize_nearest resize_bilinear pad"
 )
 
 _RULES: dict[str, Rule] = {
