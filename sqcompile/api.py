@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
@@ -30,6 +31,7 @@ from sqcompile.pipeline.manager import Instrument, Verify, check_order, check_ve
 from sqcompile.pretrained import Pretrained, refuse_others, save_pretrained
 from sqcompile.program import Program
 from sqcompile.progress import Progress, SilentProgress
+from sqcompile.provenance import provenance_of
 from sqcompile.report import Report, environment, layer_rows
 from sqcompile.report_pictures import GraphTexts, activation_ranges, weight_maps
 from sqcompile.saving import GGUF, SUFFIXES, check_target, save_compiled
@@ -257,10 +259,19 @@ def compile(
         "instruments": instruments,
     }
     recipe = as_recipe(passes)
-    if recipe is not None:
-        return compile(model, **recipe.fill(options))
+    return _compile(model, recipe, options if recipe is None else recipe.fill(options))
+
+
+def _compile(model: Model, recipe: Recipe | None, options: dict[str, Any]) -> Compiled | LazyCompiled:
+    """Compile with the options of `compile`, which a recipe has been filled into."""
+    passes, example_inputs, calibration, dynamic_shapes, backend = (
+        options[name] for name in ("passes", "example_inputs", "calibration", "dynamic_shapes", "backend")
+    )
+    seed, max_memory, work_dir, verify, threads, instruments = (
+        options[name] for name in ("seed", "max_memory", "work_dir", "verify", "threads", "instruments")
+    )
     clock = _Clock()
-    progress = progress or SilentProgress()
+    progress = options["progress"] or SilentProgress()
     # What is cheap to check comes first: tracing a large model takes minutes.
     pipeline = resolve_passes(passes)
     check_order(pipeline)
@@ -328,6 +339,8 @@ def compile(
         target, reason = choose_backend(program)
     else:
         reason = "asked for"
+    made = provenance_of(model, recipe, passes=pipeline, backend=backend, calibration=calibration, seed=seed)
+    program.signature = dataclasses.replace(program.signature, provenance=made)
     progress.note(f"lowering to {target.name}")
     with clock.stage("lower"):
         artifact = target.lower(program)

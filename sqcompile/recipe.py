@@ -25,6 +25,7 @@ from sqcompile.backend import backend_names
 from sqcompile.data import DataFile
 from sqcompile.errors import Error, PassOptionError, RecipeError, did_you_mean
 from sqcompile.files import require_file
+from sqcompile.gallery import gallery_file
 from sqcompile.input_spec import InputSpec, example_inputs
 from sqcompile.modules import import_module
 from sqcompile.pipeline import Pass, parse_pipeline
@@ -74,6 +75,9 @@ class Recipe:
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe.
 
+        Args:
+            path: The file, or the name of one in the gallery.
+
         Raises:
             FileError: If the file cannot be read.
             RecipeError: If it is no YAML, has an unknown key, or a value of the wrong type; the text
@@ -81,6 +85,8 @@ class Recipe:
             PassOptionError: If a pass has no such option, or the value does not fit.
         """
         path = Path(path)
+        if path.suffix == "" and not path.exists():  # a name in the gallery
+            path = gallery_file(str(path))
         require_file(path, "recipe")
         try:
             text = path.read_text(encoding="utf-8")

@@ -71,6 +71,7 @@ class Signature:
         arg_names: The model's own parameter names, in order; they let a call mix positional and
             keyword arguments freely.
         dims: Smallest and largest size of each symbolic dimension (None: no upper bound).
+        provenance: How the program was made, for its artifacts: `sqcompile.provenance`; None if that is not known.
     """
 
     inputs: tuple[Value, ...]
@@ -79,6 +80,7 @@ class Signature:
     out_spec: pytree.TreeSpec
     arg_names: tuple[str, ...] = ()
     dims: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flatten one call's arguments into the order of the inputs, checking every leaf.
@@ -300,6 +302,7 @@ class Signature:
                 "arg_names": list(self.arg_names),
                 "dims": {name: list(bounds) for name, bounds in self.dims.items()},
                 "kinds": sorted([kind.__module__, kind.__qualname__] for kind in kinds),
+                **({} if self.provenance is None else {"provenance": dict(self.provenance)}),
             }
         )
 
@@ -323,6 +326,7 @@ class Signature:
                 out_spec=pytree.treespec_loads(data["out_spec"]),
                 arg_names=tuple(map(str, data["arg_names"])),
                 dims={str(name): (int(low), high) for name, (low, high) in data["dims"].items()},
+                provenance=data.get("provenance"),
             )
             counts = signature.in_spec.num_leaves, signature.out_spec.num_leaves
             if counts != (len(signature.inputs), len(signature.outputs)):

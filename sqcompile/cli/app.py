@@ -16,6 +16,7 @@ from sqcompile.cli.evaluate import evaluate
 from sqcompile.cli.generate import generate
 from sqcompile.cli.inspect import inspect_model
 from sqcompile.cli.passes import passes
+from sqcompile.cli.recipe import recipe
 from sqcompile.cli.report import report
 from sqcompile.cli.sensitivity import sensitivity
 
@@ -48,6 +49,7 @@ def sqcompile(
 
 app.command("compile")(compile_model)
 app.command("passes")(passes)
+app.add_typer(recipe)
 app.command("inspect")(inspect_model)
 app.command("compare")(compare)
 app.command("report")(report)

@@ -35,7 +35,16 @@ def compile_model(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", metavar="FILE", help="A recipe; options given here win over it."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="FILE",
+            help="A recipe, or the name of one in the gallery (sqcompile recipe gallery); options given here win.",
+        ),
+    ] = None,
+    artifact: Annotated[
+        str | None,
+        typer.Option("--from", metavar="ARTIFACT", help="The recipe that a compiled model carries, again."),
     ] = None,
     output: Annotated[
         str | None,
@@ -126,6 +135,10 @@ def compile_model(
     A recipe, with another output:
 
         sqcompile compile -r recipe.yaml -o other.onnx
+
+    What made an artifact, again, to the same bytes:
+
+        sqcompile compile --from build/net.sqm -o again.sqm
     """
     given = {**locals()}
     import_files(imports or [])
@@ -142,12 +155,15 @@ def compile_model(
     if measure:
         compiled.measure(runs=runs, threads=job.threads)
     files = compiled.save(job.output) if job.output else []
+    same = None if artifact is None else _is_same(artifact, files)
     if pretrained:
         files += compiled.save_pretrained(pretrained)
     if html:
         compiled.report.to_html(html)
         files.append(Path(html))
-    return Answer(lambda target: _show(target, compiled, files), _data(compiled, files, job))
+    return Answer(
+        lambda target: _show(target, compiled, files, same), {**_data(compiled, files, job), "same": same}
+    )
 
 
 def import_files(locations: list[str]) -> None:
@@ -167,14 +183,27 @@ def _job(given: dict[str, Any]) -> Recipe:
     from sqcompile.api import resolve_passes
     from sqcompile.cli.subjects import data_file
     from sqcompile.input_spec import InputSpec
+    from sqcompile.provenance import recipe_of
     from sqcompile.recipe import Recipe, check_choices
     from sqcompile.saving import check_target
 
+    if given["recipe"] and given["artifact"]:
+        raise RecipeError(
+            "A recipe and an artifact's recipe contradict each other.",
+            where="command line",
+            seen=f"--recipe {given['recipe']} --from {given['artifact']}",
+            expected="one of both",
+            next_step="leave one out",
+        )
     recipe = Recipe.load(given["recipe"]) if given["recipe"] else Recipe()
+    if given["artifact"]:
+        recipe = recipe_of(given["artifact"])
     plain = ("model", "output", "backend", "threads", "seed", "verify", "max_memory", "work_dir")
     changes = {name: given[name] for name in plain if given[name] is not None}
     if given["passes"]:
         changes["passes"] = tuple(resolve_passes(given["passes"]))
+    if given["imports"]:
+        changes["imports"] = (*recipe.imports, *given["imports"])
     if given["inputs"]:
         changes["inputs"] = tuple(InputSpec.parse(text) for text in given["inputs"])
     read = {
@@ -220,12 +249,25 @@ def _instruments(dump_dir: str | None, before: list[str], after: list[str]) -> l
     return found
 
 
-def _show(target: Console, compiled: Compiled, files: list[Path]) -> None:
+def _is_same(artifact: str, files: list[Path]) -> bool | None:
+    """Say whether an artifact was made again to the bit, or None where there is nothing to compare it with."""
+    from sqcompile.cli.subjects import artifact_file
+
+    old = artifact_file(artifact) or Path(artifact)
+    new = next((path for path in files if path.suffix == old.suffix), None)
+    return None if new is None else old.read_bytes() == new.read_bytes()
+
+
+def _show(target: Console, compiled: Compiled, files: list[Path], same: bool | None) -> None:
     from sqcompile.report_tables import size_text
 
     compiled.report.print(target)
     for path in files:
         target.print(f"Wrote {path} ({size_text(path.stat().st_size)})", soft_wrap=True, markup=False)
+    if same is not None:
+        target.print(
+            "It is the same to the bit." if same else "It is not the same: versions, CPU or model differ."
+        )
     if not files:
         note = "Nothing was written; --output FILE.onnx (or a folder) keeps the result."
         target.print(note, style="dim")
