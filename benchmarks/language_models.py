@@ -39,8 +39,10 @@ from sqcompile.passes import (
     MaskWeights,
     MixedPrecision,
     QuantizeWeights,
+    RotateWeights,
     SmoothQuant,
     SparseGPT,
+    SplitInputs,
     Wanda,
     pipelines,
 )
@@ -142,6 +144,12 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 "AdaRound, dense targets": rounded(AdaRound(weight=weight, formats=EIGHT_BITS)),
                 "GPTQ": rounded(GPTQ(weight=weight, formats=EIGHT_BITS, dense_targets=False)),
                 "GPTQ, dense targets": rounded(GPTQ(weight=weight, formats=EIGHT_BITS)),
+                "rotated, round to nearest, ranges by MSE": rounded(
+                    RotateWeights(), QuantizeWeights(weight=weight, search="mse", formats=EIGHT_BITS)
+                ),
+                "rotated, GPTQ, dense targets": rounded(
+                    RotateWeights(), GPTQ(weight=weight, formats=EIGHT_BITS)
+                ),
                 **{
                     f"round to nearest, {word}": rounded(
                         QuantizeWeights(weight=table, search="mse", formats=EIGHT_BITS)
@@ -201,6 +209,37 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 f"SmoothQuant, {strength}": rounded(SmoothQuant(strength=strength), QuantizeWeights(**values))
                 for strength in (0.3, 0.5, 0.7)
             },
+        },
+    )
+    values = {
+        "activation": Format.parse("uint4:affine:token:dynamic"),
+        "activation_formats": (("kind:head", pipelines.INT8_DYNAMIC),),
+        "search": "mse",
+        "formats": EIGHT_BITS,
+    }
+    yield (
+        "4 bits, values too",
+        {
+            "round to nearest": rounded(QuantizeWeights(weight=four, **values)),
+            "SmoothQuant": rounded(SmoothQuant(), QuantizeWeights(weight=four, **values)),
+            "rotated": rounded(RotateWeights(), QuantizeWeights(weight=four, **values)),
+        },
+    )
+    eight = Format(bits=8, signed=False, symmetric=False, granularity=PerGroup(32))
+    parts = (("*.inputs_0", eight), *EIGHT_BITS)
+    yield (
+        "4 bits, or 3 and 8 by inputs",
+        {
+            "round to nearest, ranges by MSE": rounded(
+                QuantizeWeights(weight=four, search="mse", formats=EIGHT_BITS)
+            ),
+            "an eighth of the inputs at 8 bits": rounded(
+                SplitInputs(), QuantizeWeights(weight=three, search="mse", formats=parts)
+            ),
+            "GPTQ": rounded(GPTQ(weight=four, formats=EIGHT_BITS)),
+            "GPTQ, an eighth of the inputs at 8 bits": rounded(
+                SplitInputs(), GPTQ(weight=three, formats=parts)
+            ),
         },
     )
     gptq = GPTQ(weight=four, formats=EIGHT_BITS)

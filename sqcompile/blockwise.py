@@ -182,7 +182,7 @@ def recover_regions(
         region = ends.get(node)
         if region is None:
             return values
-        targets = wanted.take(region.dense)
+        targets = [_in_channels(node, target) for target in wanted.take(region.dense)]
         rows = [
             {place: column[index] for place, column in entered[region.name].items()}
             for index in range(len(values))
@@ -368,6 +368,13 @@ def _type_text(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{value.dtype} [{', '.join(map(str, value.shape))}]"
+
+
+def _in_channels(node: fx.Node, value: Tensor) -> Tensor:
+    """Return a value of the dense program in the channels that the node has: rotated and rescaled alike."""
+    if "rotated" in node.meta:
+        value = node.meta["rotated"].turn(value)
+    return (value * node.meta["rescaled"]).to(value.dtype) if "rescaled" in node.meta else value
 
 
 def _alike(value: Any, other: Any) -> bool:

@@ -57,8 +57,8 @@ def compare_layers(
 
     Values are paired by node name; where a pass has put one node in another's place (a convolution for
     the batch norm that was folded into it), by the name of the node which it stands for. Where a
-    pass has rescaled channels (`Rewriter.rescale`), that is undone. At most 2¹⁸ evenly spaced elements of
-    each value are compared, so that memory stays small.
+    pass has rescaled or rotated channels (`Rewriter.rescale`, `Rewriter.rotate`), that is undone. At most
+    2¹⁸ evenly spaced elements of each value are compared, so that memory stays small.
 
     Args:
         reference: The program that is right, usually the one that was traced.
@@ -162,12 +162,21 @@ def _meet(
         other = kept.get(pairs[node])
         if other is None or not isinstance(value, torch.Tensor):
             return
-        sample = _sample(value / node.meta["rescaled"] if "rescaled" in node.meta else value)
+        sample = _sample(_undone(node, value))
         if sample.shape == other.shape:
             on_pair(node, other, sample)
 
     run_watched(reference, batch, set(pairs.values()), keep)
     run_watched(program, batch, pairs, meet)
+
+
+def _undone(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    """Return a value as it would be had no pass rescaled or rotated its channels."""
+    if "rescaled" in node.meta:
+        value = value / node.meta["rescaled"]
+    rotation = node.meta.get("rotated")
+    # A pass that removed channels afterwards has left nothing to compare.
+    return value if rotation is None or value.shape[-1] % rotation.size else rotation.undo(value)
 
 
 def _sample(value: torch.Tensor) -> torch.Tensor:

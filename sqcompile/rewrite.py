@@ -27,6 +27,7 @@ from sqcompile.text import locate, node_text, operator_name
 
 if TYPE_CHECKING:
     from sqcompile.layers import Layer
+    from sqcompile.rotation import Rotation
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
@@ -126,8 +127,7 @@ class Rewriter:
         stands_for = old.meta.get("stands_for", None if "origin" in old.meta else old.name)
         if stands_for is not None and not old.users:
             new.meta["stands_for"] = stands_for
-            if "rescaled" in old.meta:
-                new.meta["rescaled"] = old.meta["rescaled"]
+            new.meta.update({key: old.meta[key] for key in ("rescaled", "rotated") if key in old.meta})
         self.changes += bool(replaced)
 
     def rescale(self, node: fx.Node, factor: torch.Tensor) -> None:
@@ -140,6 +140,20 @@ class Rewriter:
             factor: Factors, of a shape that the value broadcasts with: [C, 1, 1] for [N, C, H, W].
         """
         node.meta["rescaled"] = node.meta.get("rescaled", 1.0) * factor
+
+    def rotate(self, node: fx.Node, rotation: Rotation) -> None:
+        """Record that a node's value is now the original one (or what it was rescaled to), rotated.
+
+        Comparisons undo it, as they undo what is rescaled afterwards.
+
+        Args:
+            node: The node, which is not rotated yet; its operator and arguments are the caller's business.
+            rotation: Along the last axis, by blocks.
+        """
+        factor = torch.as_tensor(node.meta.pop("rescaled", 1.0)).flatten()
+        if factor.numel() > 1 or bool(factor != 1):
+            rotation = rotation.after(factor.expand(max(factor.numel(), rotation.size)))
+        node.meta["rotated"] = rotation
 
     def set_argument(self, node: fx.Node, index: int, value: Any) -> None:
         """Replace one positional argument and infer the node's value again.

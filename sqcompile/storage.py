@@ -23,6 +23,7 @@ from sqcompile.errors import Error, FileError, FormatError, VerifyError
 from sqcompile.files import SteadyWriter, atomic_file, require_file
 from sqcompile.levels import Level
 from sqcompile.program import Program
+from sqcompile.rotation import Rotation
 from sqcompile.signature import Signature
 from sqcompile.sparsity import Pattern, Sparsity
 from sqcompile.verify import check_signature
@@ -64,6 +65,7 @@ def save_program(program: Program, path: Path) -> None:
                 for node in program.compute_nodes()
                 if "rescaled" in node.meta
             },
+            "rotated": _pack_rotations(program),
         }
     )
     with atomic_file(path) as temporary, temporary.open("wb") as file:
@@ -214,6 +216,55 @@ def _apply(entry: dict[str, Any], program: Program) -> None:
         if node.name in entry.get("rescaled", {}):
             shape, factors = entry["rescaled"][node.name]
             node.meta["rescaled"] = torch.tensor(factors, dtype=torch.float64).reshape(shape)
+    if entry.get("rotated"):
+        rotations = _unpack_rotations(entry["rotated"])
+        for node in program.compute_nodes():
+            if node.name in rotations:
+                node.meta["rotated"] = rotations[node.name]
+
+
+def _pack_rotations(program: Program) -> dict[str, Any]:
+    """Return the rotations of nodes; their matrices, of which there are few, are stored once."""
+    matrices: dict[int, tuple[int, torch.Tensor]] = {}
+    nodes = {}
+    for node in program.compute_nodes():
+        rotation = node.meta.get("rotated")
+        if rotation is None:
+            continue
+        for factor in rotation.factors:
+            matrices.setdefault(id(factor), (len(matrices), factor))
+        nodes[node.name] = {
+            "factors": [matrices[id(factor)][0] for factor in rotation.factors],
+            "diagonal": _pack_numbers(rotation.diagonal),
+            "shift": None if rotation.shift is None else _pack_numbers(rotation.shift),
+        }
+    if not nodes:
+        return {}
+    return {"matrices": [_pack_numbers(matrix) for _, matrix in matrices.values()], "nodes": nodes}
+
+
+def _unpack_rotations(entry: dict[str, Any]) -> dict[str, Rotation]:
+    matrices = [_unpack_numbers(item) for item in entry["matrices"]]
+    sides = [math.isqrt(matrix.numel()) for matrix in matrices]
+    square = [matrix.reshape(side, side) for matrix, side in zip(matrices, sides, strict=True)]
+    found = {}
+    for name, item in entry["nodes"].items():
+        shift = None if item["shift"] is None else _unpack_numbers(item["shift"])
+        factors = tuple(square[index] for index in item["factors"])
+        diagonal = _unpack_numbers(item["diagonal"])
+        if math.prod(sides[index] for index in item["factors"]) != diagonal.numel():
+            raise ValueError(f"the rotation of '{name}' does not fit together")
+        found[name] = Rotation(diagonal, factors, shift)
+    return found
+
+
+def _pack_numbers(tensor: torch.Tensor) -> str:
+    values = tensor.detach().cpu().to(torch.float64).contiguous().numpy()
+    return base64.b64encode(zlib.compress(values.tobytes())).decode("ascii")
+
+
+def _unpack_numbers(text: str) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.float64).copy())
 
 
 def _pack(record: Sparsity) -> dict[str, Any]:

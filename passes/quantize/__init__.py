@@ -10,9 +10,12 @@ from sqcompile.passes.quantize.freeze_observers import FreezeObservers
 from sqcompile.passes.quantize.gptq import GPTQ
 from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.mixed_precision import MixedPrecision
+from sqcompile.passes.quantize.quantize_cache import QuantizeCache
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 from sqcompile.passes.quantize.relax_clamps import RelaxClamps
+from sqcompile.passes.quantize.rotate_weights import RotateWeights
 from sqcompile.passes.quantize.smooth_quant import SmoothQuant
+from sqcompile.passes.quantize.split_inputs import SplitInputs
 
 __all__ = [
     "AWQ",
@@ -25,7 +28,10 @@ __all__ = [
     "FreezeObservers",
     "InsertObservers",
     "MixedPrecision",
+    "QuantizeCache",
     "QuantizeWeights",
     "RelaxClamps",
+    "RotateWeights",
     "SmoothQuant",
+    "SplitInputs",
 ]
