@@ -18,7 +18,8 @@ from sqcompile.cli.app import app
 from sqcompile.pipeline import parse_pipeline
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CHINESE = ROOT / "README.zh-CN.md"
+PAGES = [ROOT / "README.md", CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NO_TEST = "<!-- no-test -->"
 
 
@@ -75,6 +76,26 @@ def test_command_lines_are_valid(line: str) -> None:
     for text in context.params.get("passes") or ():
         if "replace-silu" not in text:  # the reader's own
             parse_pipeline(text)
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    """A translation gets old unseen: figures and commands have to be those of the other."""
+    found = []
+    for page in (ROOT / "README.md", CHINESE):
+        text = page.read_text(encoding="utf-8")
+        # Figures with a unit, as they stand in tables.
+        figures = [
+            re.findall(r"[\d.]+ ?(?:x|%|MB|kB)", line) for line in text.splitlines() if line.startswith("|")
+        ]
+        commands = [
+            line.partition("  #")[0].strip() for line in re.findall(r"^    (\S.*)$", text, flags=re.M)
+        ]
+        code = [
+            [line.partition("  #")[0] for line in code.splitlines()] for _, code in blocks(page, "python")
+        ]
+        found.append(([item for line in figures for item in line], commands, code))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 30 and len(found[0][1]) > 10 and found[0][2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
