@@ -15,9 +15,14 @@ from sqcompile.cli.answer import Answer, command, progress
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from sqcompile.api import Compiled
+    from sqcompile.bisect import Trial
     from sqcompile.cli.subjects import Subject
     from sqcompile.compare import LayerDistance
     from sqcompile.metrics import Distance
+    from sqcompile.pipeline import Pass
+    from sqcompile.program import Program
+    from sqcompile.recipe import Recipe
 
 _JUMP_DB = 10.0
 """A fall of the SQNR by so much, from one layer to the next, is called a jump."""
@@ -42,18 +47,28 @@ def compare(
     tokenizer: options.Tokenizer = None,
     inputs: options.Inputs = None,
     threads: options.Threads = None,
+    bisect: Annotated[
+        bool,
+        typer.Option(
+            "--bisect",
+            help="Compile B's recipe again with the worst layers left in floating point, one more each time, until the "
+            "outputs are 10 dB better, and print the passes to paste.",
+        ),
+    ] = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> Answer:
     """Compare two models or artifacts: their outputs, and layer by layer where the error comes from.
 
     SQNR is the power of the signal over that of the error: 20 dB is an error of a tenth, 40 dB of a
-    hundredth. Layers are paired by name.
+    hundredth. Layers are paired by name. Outputs are those of the runtimes; the layers of an .onnx or .sqm file, which
+    no runtime shows, are those of the recipe that it carries, compiled again and run in PyTorch.
 
     **Examples**
 
         sqcompile compare nets.py:resnet build/resnet.onnx -d images.npz
         sqcompile compare dense.pt2 pruned.pt2 -d images.npz --samples 32
+        sqcompile compare nets.py:resnet build/resnet.onnx -d images.npz --bisect
     """
     from sqcompile.cli.subjects import Feed, flat_batches, open_subject
 
@@ -66,6 +81,7 @@ def compare(
     outputs = _compare_outputs(first, second, pairs)
     layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs])
     jump = find_jump(layers)
+    trials = _bisect(first, second, [flat for flat, _ in pairs]) if bisect else []
     about = {
         "reference": reference,
         "other": other,
@@ -76,6 +92,7 @@ def compare(
         ],
         "jump": None if jump is None else layers[jump].name,
         "notes": [*first.notes, *why_not],
+        "bisect": [_trial_data(trial, trials[0]) for trial in trials],
     }
     return Answer(lambda target: _show(target, about, outputs, layers, jump), about)
 
@@ -144,11 +161,79 @@ def _compare_layers(
     """Return one row a layer, or the reason why there are none."""
     from sqcompile.compare import compare_layers
 
-    if first.program is None or second.program is None:
-        artifact = first if first.program is None else second
-        return [], [f"'{artifact.name}' shows its outputs only: compile to .pt2 to compare layers"]
-    rows = compare_layers(first.program, second.program, batches)
-    return rows, [] if rows else ["the two have no layers of the same names"]
+    programs = []
+    notes = []
+    for subject in (first, second):
+        program, note = _program_of(subject)
+        if program is None:
+            return [], [note]
+        programs.append(program)
+        notes += [note] if note else []
+    rows = compare_layers(programs[0], programs[1], batches)
+    return rows, notes if rows else [*notes, "the two have no layers of the same names"]
+
+
+def _program_of(subject: Subject) -> tuple[Program | None, str]:
+    """Return the program of a subject, of an artifact made again by the recipe that it carries; and what to say."""
+    from sqcompile.errors import Error
+    from sqcompile.provenance import recipe_of
+
+    if subject.program is not None:
+        return subject.program, ""
+    assert subject.path is not None
+    try:
+        recipe = recipe_of(subject.path)
+    except Error as error:
+        return (
+            None,
+            f"'{subject.name}' shows its outputs only: {error.what} Compile to .pt2 to compare layers",
+        )
+    note = f"the layers of '{subject.name}' are those of its recipe, run in PyTorch"
+    return _compile(recipe, recipe.passes).program, note
+
+
+def _compile(recipe: Recipe, passes: Sequence[Pass]) -> Compiled:
+    import dataclasses
+
+    from sqcompile.api import LazyCompiled
+    from sqcompile.cli.subjects import unknown_inputs
+
+    changed = dataclasses.replace(recipe, passes=tuple(passes), backend="reference", verify="off")
+    made = changed.compile(progress=progress())
+    if isinstance(made, LazyCompiled):
+        raise unknown_inputs(made._model)
+    return made
+
+
+def _bisect(first: Subject, second: Subject, batches: Sequence[list[Any]]) -> list[Trial]:
+    from sqcompile.bisect import bisect_layers
+    from sqcompile.errors import InputError
+    from sqcompile.provenance import recipe_of
+
+    if second.path is None or first.program is None:
+        raise InputError(
+            "There is no recipe to change.",
+            where="compare --bisect",
+            seen=f"{first.name} and {second.name}",
+            expected="a model, and an .onnx or .sqm file that was compiled from one",
+            next_step="compile to .onnx or .sqm, and compare with that",
+        )
+    recipe = recipe_of(second.path)
+    return bisect_layers(
+        first.program, recipe.passes, lambda passes: _compile(recipe, passes).program, batches
+    )
+
+
+def _trial_data(trial: Trial, whole: Trial) -> dict[str, Any]:
+    from sqcompile.pipeline.text import pass_text
+
+    old = set(whole.passes)
+    return {
+        "left": list(trial.left),
+        "passes": [pass_text(item) for item in trial.passes if item not in old],
+        "size_bytes": trial.size_bytes,
+        **_data(trial.distance),
+    }
 
 
 def _data(distance: Distance) -> dict[str, Any]:
@@ -185,6 +270,24 @@ def _show(
         target.print(_verdict(layers, jump), markup=False)
     for note in about["notes"]:
         target.print(f"Note: {note}", markup=False)
+    if about["bisect"]:
+        _show_trials(target, about["bisect"])
+
+
+def _show_trials(target: Console, trials: Sequence[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from sqcompile.report_tables import size_text
+
+    table = Table("left in floating point", "SQNR", "weights", title="Trials", title_justify="left")
+    for trial in trials:
+        shown = "not finite" if trial["sqnr_db"] is None else f"{trial['sqnr_db']:.1f} dB"
+        table.add_row(", ".join(trial["left"]) or "nothing", shown, size_text(trial["size_bytes"]))
+    target.print(table)
+    if trials[-1]["passes"]:
+        target.print("In the recipe, instead of the passes of these names:", markup=False)
+        for text in trials[-1]["passes"]:
+            target.print(f"  - {text}", markup=False, soft_wrap=True)
 
 
 def _verdict(layers: Sequence[LayerDistance], jump: int | None) -> str:

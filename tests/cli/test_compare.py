@@ -168,3 +168,33 @@ def test_takes_onnx_files_of_other_tools(run, folder: Path) -> None:
     result = run("bench", "damaged.onnx")
     assert result.code == 1
     assert "damaged.onnx" in result.err
+
+
+def test_layers_of_an_artifact_are_those_of_its_recipe(run, folder: Path) -> None:
+    coarse = "fold-batch-norm,quantize-weights{weight=int8:channel=0,formats=[[fc,int2:channel=0]]}"
+    for name, backend in (("net.onnx", "onnxruntime"), ("net.sqm", "native")):
+        made = run("compile", "net.py:make", "-d", "x.npz", "-p", coarse, "-o", name, "--backend", backend)
+        assert made.code == 0, made.err
+        about = run("compare", "net.py:make", name, "-d", "x.npz", "--json").json
+        assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"] and about["jump"] == "fc"
+        assert any("run in PyTorch" in note for note in about["notes"])
+    both = run("compare", "net.onnx", "net.sqm", "-d", "x.npz", "--json").json
+    assert both["outputs"]["output"]["sqnr_db"] > 40  # 8-bit data in the one, float in the other
+    assert [layer["name"] for layer in both["layers"]] == ["conv", "fc"]
+
+
+def test_bisect_prints_what_to_paste(run, folder: Path) -> None:
+    coarse = "fold-batch-norm,quantize-weights{weight=int8:channel=0,formats=[[fc,int2:channel=0]]}"
+    run("compile", "net.py:make", "-d", "x.npz", "-p", coarse, "-o", "net.onnx")
+    result = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--bisect")
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("  - quantize-weights")]
+    assert "{fc:float}" in line
+    (folder / "mended.yaml").write_text(
+        f"model: net.py:make\ndata: x.npz\npasses:\n  - fold-batch-norm\n{line}\n"
+    )
+    assert run("recipe", "validate", "mended.yaml").code == 0
+    trials = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--bisect", "--json").json["bisect"]
+    assert [trial["left"] for trial in trials] == [[], ["fc"]]
+    refused = run("compare", "net.py:make", "net.py:make", "-d", "x.npz", "--bisect")
+    assert refused.code == 1 and "no recipe to change" in refused.err
