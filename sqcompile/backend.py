@@ -109,7 +109,7 @@ class Session(ABC):
         raise BackendError(
             "This session does not generate text.",
             where=type(self).__name__,
-            expected="a language model compiled for the native engine",
+            expected="a language model compiled for the native engine or ONNX Runtime",
             next_step="compile it with backend='native'",
         )
 
@@ -160,6 +160,18 @@ class Artifact(ABC):
         Raises:
             FileError: If it cannot be written.
         """
+
+    def save_folder(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
+        """Write it into a folder, beside tokenizer and configuration, and return the files.
+
+        Args:
+            folder: The folder.
+            config: What config.json and generation_config.json of the source say; empty if there is none.
+
+        Raises:
+            FileError: If it cannot be written.
+        """
+        return self.save(folder / f"model{self.suffix}")
 
 
 class Backend(ABC):

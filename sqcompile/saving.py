@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqcompile.backend import get_backend
 from sqcompile.errors import FileError, did_you_mean
@@ -88,15 +89,23 @@ def _save_file(compiled: Compiled, path: Path) -> list[Path]:
 
 def _save_folder(compiled: Compiled, path: Path) -> list[Path]:
     """Write the artifact, the report, and tokenizer and configuration of the source folder."""
-    suffix = compiled.artifact.suffix
     with atomic_folder(path) as folder:
-        compiled.artifact.save(folder / f"model{suffix}")
-        with atomic_file(folder / "report.json") as file:
-            file.write_text(compiled.report.to_json(), encoding="utf-8")
         if compiled.source is not None and Path(compiled.source).is_dir():
             copy_companions(Path(compiled.source), folder)
+        compiled.artifact.save_folder(folder, _config(folder))
+        with atomic_file(folder / "report.json") as file:
+            file.write_text(compiled.report.to_json(), encoding="utf-8")
         names = sorted(item.relative_to(folder) for item in folder.rglob("*") if item.is_file())
     return [path / name for name in names]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of its model; how it generates text stands in a file of its own."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text(encoding="utf-8"))
+    return found
 
 
 def copy_companions(source: Path, folder: Path, leave: Sequence[str] = ()) -> None:

@@ -5,6 +5,7 @@ operators.py     those forms as operators that run in PyTorch; packing.py: MatMu
 translations.py  each of them as an ONNX operator
 lower.py         selection, torch's exporter, then cleanup.py, compact.py, saturation.py
 artifact.py      the model, in memory and in files
+generation/      language models that take only new tokens, with a cache
 session.py       the model, loaded
 bundle.py        the model with what it needs to run elsewhere; example/: its examples
 """

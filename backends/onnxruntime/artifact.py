@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from sqcompile.backend import Artifact
+from sqcompile.backends.onnxruntime.generation.folder import CONFIG, genai_config
+from sqcompile.backends.onnxruntime.generation.rewrite import Generation, NoGenerationError
 from sqcompile.errors import FileError
 from sqcompile.files import atomic_file, sync, write_errors
 from sqcompile.signature import Signature
 
 SIGNATURE = "sqcompile.signature"
 """Key of the model's metadata under which its signature stands, as JSON."""
+
+GENERATION = "sqcompile.generation"
+"""Key under which a model that takes only new tokens says what it keeps of earlier ones, as JSON."""
 
 EXTERNAL_ABOVE_BYTES = 2**31 - 2**26
 """Tensors of more bytes than this go to a file beside the model: protobuf messages end at 2 GiB."""
@@ -36,11 +42,40 @@ class OnnxArtifact(Artifact):
 
     suffix = ".onnx"
 
-    def __init__(self, model: ir.Model, signature: Signature, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        signature: Signature,
+        notes: Sequence[str] = (),
+        generating: Callable[[], OnnxArtifact] | None = None,
+    ) -> None:
         self.model = model
         self.signature = signature
         self.notes = tuple(notes)
         self.external_above_bytes = EXTERNAL_ABOVE_BYTES
+        self._generating = generating
+        self._generator: OnnxArtifact | NoGenerationError | None = None
+
+    def generator(self) -> OnnxArtifact:
+        """Return the model that takes only new tokens, with a cache; it is made at the first call.
+
+        Raises:
+            NoGenerationError: If this is no causal language model, as far as the rules can show.
+            BackendError: If the exporter fails.
+        """
+        if GENERATION in self.model.metadata_props:
+            return self
+        if self._generator is None:
+            try:
+                if self._generating is None:
+                    raise NoGenerationError("it was lowered without the program")
+                self._generator = self._generating()
+                self._generator.external_above_bytes = self.external_above_bytes
+            except NoGenerationError as error:
+                self._generator = error
+        if isinstance(self._generator, NoGenerationError):
+            raise self._generator
+        return self._generator
 
     @property
     def tensor_bytes(self) -> int:
@@ -77,6 +112,24 @@ class OnnxArtifact(Artifact):
                 temporary.write_bytes(self.to_bytes())
             return [path]
         return self._save_external(path)
+
+    def save_folder(self, folder: Path, config: Mapping[str, Any]) -> list[Path]:
+        """Write it into a folder; a language model as onnxruntime-genai runs it, with `genai_config.json`.
+
+        Raises:
+            FileError: If it cannot be written.
+        """
+        path = folder / f"model{self.suffix}"
+        try:
+            generator = self.generator() if config else None
+        except NoGenerationError:
+            generator = None
+        if generator is None:
+            return self.save(path)
+        generation = Generation.from_json(generator.model.metadata_props[GENERATION])
+        with atomic_file(folder / CONFIG) as temporary:
+            temporary.write_text(genai_config(generation, config, path.name), encoding="utf-8")
+        return [*generator.save(path), folder / CONFIG]
 
     def _save_external(self, path: Path) -> list[Path]:
         data = path.with_name(f"{path.name}.data")

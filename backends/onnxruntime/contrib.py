@@ -1,8 +1,9 @@
 """Operators outside ONNX itself, described so that onnxscript can call them.
 
 ONNX Runtime's contrib operators, only those that are used here: the schemas of their domain ship with the
-runtime, not with onnx. And `LOOKUP`, which stands for two operators until the model has been exported: the
-exporter would evaluate those on constants, and store what comes out.
+runtime, not with onnx. And operators of our own, which stand for others until the model has been exported:
+`LOOKUP`, since the exporter would evaluate what it stands for on constants, and store what comes out; and those of
+a model that generates, whose inputs and outputs (keys, values, masks) no program has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DOMAIN = "com.microsoft"
 VERSION = 1
 
 _Schema = onnx.defs.OpSchema
-LOOKUP_DOMAIN = "sqcompile"
+OUR_DOMAIN = "sqcompile"
 
 _FLOAT, _CODES, _INDEX = "tensor(float)", "tensor(uint8)", "tensor(int64)"
 
@@ -73,16 +74,41 @@ GATHER_BLOCK_QUANTIZED = _operator(
     _integers("bits", "block_size", "gather_axis", "quantize_axis"),
 )
 
-LOOKUP = values.Op(
-    values.Opset(LOOKUP_DOMAIN, VERSION),
-    "Lookup",
-    _Schema(
-        "Lookup",
-        LOOKUP_DOMAIN,
+
+def _ours(name: str, inputs: list[Any], types: list[Any], attributes: list[Any] | None = None) -> Any:
+    """Return an operator of our own, with one result of the last type."""
+    schema = _Schema(
+        name,
+        OUR_DOMAIN,
         VERSION,
-        inputs=[_parameter("codes", "C"), _parameter("table", "E")],
-        outputs=[_parameter("y", "E")],
-        type_constraints=[("C", [_CODES], "indices"), ("E", ["tensor(int8)"], "entries")],
-        attributes=[],
-    ),
+        inputs=inputs,
+        outputs=[_parameter("y", types[-1][0])],
+        type_constraints=types,
+        attributes=attributes or [],
+    )
+    return values.Op(values.Opset(OUR_DOMAIN, VERSION), name, schema)
+
+
+LOOKUP = _ours(
+    "Lookup",
+    [_parameter("codes", "C"), _parameter("table", "E")],
+    [("C", [_CODES], "indices"), ("E", ["tensor(int8)"], "entries")],
+)
+
+CACHED_ATTENTION = _ours(
+    "CachedAttention",
+    [
+        *(_parameter(name, "T") for name in ("query", "key", "value")),
+        *(_parameter(name, "T", optional=True) for name in ("key_scale", "value_scale")),
+    ],
+    [("T", [_FLOAT], "heads")],
+    [
+        _Schema.Attribute("low", _Schema.AttrType.INT, required=False),
+        _Schema.Attribute("scale", _Schema.AttrType.FLOAT, required=True),
+    ],
+)
+
+TOKEN_POSITIONS, SHARED_POSITIONS = (
+    _ours(name, [_parameter("tokens", "I")], [("I", [_INDEX], "tokens")])
+    for name in ("TokenPositions", "SharedPositions")
 )

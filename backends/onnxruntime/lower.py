@@ -16,7 +16,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sqcompile.backends.onnxruntime import cleanup, compact, saturation, weights
-from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
+from sqcompile.backends.onnxruntime.artifact import GENERATION, SIGNATURE, OnnxArtifact
+from sqcompile.backends.onnxruntime.generation.rewrite import Generation, generating
+from sqcompile.backends.onnxruntime.generation.wire import wire
 from sqcompile.backends.onnxruntime.selection import select
 from sqcompile.backends.onnxruntime.translations import OPSET, TABLE
 from sqcompile.errors import BackendError
@@ -30,12 +32,37 @@ _LARGEST_IR_VERSION = 10
 def lower(program: Program) -> OnnxArtifact:
     """Lower a program to ONNX: choose the form of each layer, export, clean up, guard against saturation.
 
+    The artifact can also make the model that takes only new tokens, if the program is a language model.
+
     Raises:
         BackendError: If the exporter fails.
     """
+    source = program.snapshot()
+    model, notes = _lowered(program, None)
+    model.metadata_props[SIGNATURE] = program.signature.to_json()
+    return OnnxArtifact(model, program.signature, notes, generating=lambda: lower_generating(source))
+
+
+def lower_generating(program: Program) -> OnnxArtifact:
+    """Lower a language model so that it takes only the tokens that are new, with a cache.
+
+    Raises:
+        NoGenerationError: If the program is no causal language model, as far as the rules can show.
+        BackendError: If the exporter fails.
+    """
+    rewritten, generation = generating(program)
+    model, notes = _lowered(rewritten, generation)
+    model.metadata_props[SIGNATURE] = program.signature.to_json()
+    model.metadata_props[GENERATION] = generation.to_json()
+    return OnnxArtifact(model, program.signature, notes)
+
+
+def _lowered(program: Program, generation: Generation | None) -> tuple[ir.Model, list[str]]:
     selected, notes = select(program)
     model = _export(selected)
     cleanup.clean(model, program.signature, symbol_names(program))
+    if generation is not None:
+        wire(model, generation)
     weights.look_up_at_load(model)
     weights.dequantize_at_load(model)
     compact.store_few_bits(model)
@@ -46,8 +73,7 @@ def lower(program: Program) -> OnnxArtifact:
     model.producer_name = "sqcompile"
     model.producer_version = version("sqcompile")
     model.ir_version = min(model.ir_version, _LARGEST_IR_VERSION)
-    model.metadata_props[SIGNATURE] = program.signature.to_json()
-    return OnnxArtifact(model, program.signature, notes)
+    return model, notes
 
 
 def _export(program: Program) -> ir.Model:

@@ -129,6 +129,67 @@ def _global_average_pool_fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], *(1,) * (x.dim() - 2)))
 
 
+def _cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    low: int | None,
+    scale: float,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> Tensor:
+    length = query.shape[2]
+    place = torch.arange(length, device=query.device)
+    distance = place[None, :] - place[:, None]  # from a query to a key
+    seen = distance <= 0
+    if low is not None:
+        seen &= distance >= low
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        _rounded(key, key_scale),
+        _rounded(value, value_scale),
+        attn_mask=seen,
+        scale=scale,
+        enable_gqa=True,
+    )
+
+
+def _rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Return what an int8 cache with one scale, or one a head, makes of keys or values."""
+    if scale is None:
+        return x
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    return affine.fake_quantize(x, scale, zero_point, 1 if scale.dim() else None, None, -128, 127)
+
+
+def _cached_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    low: int | None,
+    scale: float,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _token_positions(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+
+
+def _token_positions_fake(tokens: Tensor) -> Tensor:
+    return torch.empty_like(tokens)
+
+
+def _shared_positions(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device)
+
+
+def _shared_positions_fake(tokens: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[1])
+
+
 _SCHEMAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize_linear(Tensor x, Tensor scale, Tensor zero_point, int? axis, int? block_size) -> Tensor": (
         _quantize_linear,
@@ -157,6 +218,15 @@ _SCHEMAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         _gather_block_quantized_fake,
     ),
     "global_average_pool(Tensor x) -> Tensor": (_global_average_pool, _global_average_pool_fake),
+    # Of programs that generate, on a whole sequence: without a past. `low` is the first key that a query sees,
+    # counted from itself.
+    "cached_attention(Tensor query, Tensor key, Tensor value, int? low, float scale, Tensor? key_scale, "
+    "Tensor? value_scale) -> Tensor": (
+        _cached_attention,
+        _cached_attention_fake,
+    ),
+    "token_positions(Tensor tokens) -> Tensor": (_token_positions, _token_positions_fake),
+    "shared_positions(Tensor tokens) -> Tensor": (_shared_positions, _shared_positions_fake),
 }
 
 

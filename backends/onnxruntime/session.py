@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,21 @@ import onnxruntime
 import torch
 
 from sqcompile.backend import Session
-from sqcompile.backends.onnxruntime.artifact import OnnxArtifact, read_signature
+from sqcompile.backends.onnxruntime.artifact import GENERATION, OnnxArtifact, read_signature
+from sqcompile.backends.onnxruntime.generation.generator import TextGenerator, continue_text
+from sqcompile.backends.onnxruntime.generation.rewrite import (
+    MASK,
+    POSITIONS,
+    TOKENS,
+    Generation,
+    NoGenerationError,
+)
+from sqcompile.backends.onnxruntime.generation.sampling import Sampling
+from sqcompile.backends.onnxruntime.generation.wire import LOGITS, PAST
 from sqcompile.backends.onnxruntime.profile import layer_times
-from sqcompile.errors import BackendError, FileError
+from sqcompile.errors import BackendError, FileError, InputError
 from sqcompile.files import require_file
+from sqcompile.generation import OnToken, continued, split_rows, tokens_needed
 from sqcompile.signature import Signature
 
 _ERRORS_ONLY = 3
@@ -29,6 +41,7 @@ class OnnxSession(Session):
     Attributes:
         signature: The program's interface.
         inner: The `onnxruntime.InferenceSession`.
+        generation: What is known of a model that takes only new tokens; None for any other.
     """
 
     def __init__(
@@ -39,6 +52,13 @@ class OnnxSession(Session):
         self._source = source
         self._inputs = [item.name for item in inner.get_inputs()]
         self._outputs = [item.name for item in inner.get_outputs()]
+        stated = inner.get_modelmeta().custom_metadata_map.get(GENERATION)
+        self.generation = None if stated is None else Generation.from_json(stated)
+        if self.generation is not None:
+            self._outputs = [LOGITS]
+        self._generating: OnnxSession | None = self if self.generation is not None else None
+        self._generator: TextGenerator | None = None
+        self._turn = threading.RLock()
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat, checked inputs and return flat outputs.
@@ -78,9 +98,151 @@ class OnnxSession(Session):
 
         return layer_times(open_session, options, written, self._feeds(inputs), layers, runs)
 
+    def generator(self, capacity: int = 2048) -> TextGenerator:
+        """Return a cache of its own for a text, which is continued step by step.
+
+        Args:
+            capacity: Tokens that it may have; the model's own limit where that is less.
+
+        Raises:
+            BackendError: If the model does not generate; it says why.
+        """
+        session = self._session_that_generates()
+        assert session.generation is not None
+        limit = session.generation.limit
+        return TextGenerator(
+            session.inner, session.generation, capacity if limit is None else min(capacity, limit)
+        )
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        on_token: OnToken | None = None,
+        kv_cache: str = "float32",
+    ) -> Any:
+        """Continue prompts, one after the other; see `Session.generate`."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        prompts = split_rows(input_ids, attention_mask)
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        with self._turn:
+            session = self._session_that_generates()
+            assert session.generation is not None
+            _check_cache(kv_cache, session.generation)
+            needed = tokens_needed(prompts, max_new_tokens, session.generation.limit)
+            if self._generator is None or self._generator.capacity < needed:
+                self._generator = None
+                self._generator = self.generator(max(256, 1 << (needed - 1).bit_length()))
+            new: list[list[int]] = []
+            for row, prompt in enumerate(prompts):
+                tokens, more = continue_text(
+                    self._generator, prompt, max_new_tokens, sampling, ends, row, on_token
+                )
+                new.append(tokens)
+                if not more:
+                    new += [[] for _ in prompts[row + 1 :]]
+                    break
+        return continued(input_ids, new, ends, pad_token_id)
+
+    def _session_that_generates(self) -> OnnxSession:
+        """Return the session of the model that takes only new tokens; it is made at the first call."""
+        if self._generating is None:
+            if not isinstance(self._source, OnnxArtifact):
+                raise _no_generation(
+                    "a file of the model for whole sequences", "save a folder, and load that"
+                )
+            try:
+                artifact = self._source.generator()
+            except NoGenerationError as error:
+                raise _no_generation(
+                    str(error), "call the model itself; or trace it with a dynamic batch and sequence"
+                ) from None
+            options = _options(self.inner.get_session_options().intra_op_num_threads or None)
+            self._generating = OnnxSession(_open_artifact(artifact, options), artifact.signature, artifact)
+        return self._generating
+
     def _feeds(self, inputs: Sequence[Any]) -> dict[str, np.ndarray]:
-        tensors = [item for item, value in zip(inputs, self.signature.inputs, strict=True) if value.is_tensor]
-        return {name: _to_numpy(item) for name, item in zip(self._inputs, tensors, strict=True)}
+        tensors = [
+            (value.name, _to_numpy(item))
+            for item, value in zip(inputs, self.signature.inputs, strict=True)
+            if value.is_tensor
+        ]
+        if self.generation is not None:
+            return _without_past(tensors, self.generation)
+        return {name: item for name, (_, item) in zip(self._inputs, tensors, strict=True)}
+
+
+def _without_past(tensors: Sequence[tuple[str, np.ndarray]], generation: Generation) -> dict[str, np.ndarray]:
+    """Return the inputs of a model with a cache for whole sequences: nothing is in the cache.
+
+    Raises:
+        InputError: If a row is padded before its tokens, or positions are counted otherwise.
+    """
+    named = dict(tensors)
+    tokens = named.pop(TOKENS) if TOKENS in named else named.pop(tensors[0][0])
+    batch, length = tokens.shape
+    mask = named.pop(MASK, np.ones_like(tokens)).astype(np.int64)
+    lengths = mask.sum(1)
+    expected = (np.arange(length) < lengths[:, None]).astype(np.int64)
+    padded = bool((lengths != length).any())
+    if not np.array_equal(mask, expected) or (padded and not generation.rows_differ) or not lengths.all():
+        raise InputError(
+            "A model with a cache takes tokens from the first place on.",
+            where=f"input '{MASK}'",
+            seen="padding before tokens" if generation.rows_differ else "padding",
+            expected="padding behind the tokens only" if generation.rows_differ else "rows of equal length",
+            next_step="pad on the right; or call the model that was compiled, instead of its saved folder",
+        )
+    given = named.pop(POSITIONS, None)
+    if given is not None and not np.array_equal(given * mask, np.arange(length) * mask):
+        raise InputError(
+            "A model with a cache counts positions itself.",
+            where=f"input '{POSITIONS}'",
+            seen="positions other than 0, 1, 2, ..",
+            expected="0, 1, 2, .. in every row",
+            next_step="leave them as they are; or call the model that was compiled, instead of its saved folder",
+        )
+    feeds = {TOKENS: tokens, MASK: mask}
+    for layer, cache in enumerate(generation.caches):
+        for kind in ("key", "value"):
+            shape = (batch, cache.heads, 0, cache.head_size)
+            feeds[PAST.format(layer=layer, kind=kind)] = np.zeros(shape, cache.dtype)
+    return feeds
+
+
+def _check_cache(kv_cache: str, generation: Generation) -> None:
+    """Check that a model keeps keys and values as asked; `float32` asks for what it was compiled with.
+
+    Raises:
+        InputError: If it does not.
+    """
+    known = ["float32", *sorted({cache.dtype for cache in generation.caches} - {"float32"})]
+    if kv_cache not in known:
+        raise InputError(
+            "How keys and values are kept is a part of an ONNX model.",
+            where="kv_cache",
+            seen=repr(kv_cache),
+            expected=" or ".join(map(repr, known)),
+            next_step="compile with the pass quantize-cache; or with backend='native', which has both caches",
+        )
+
+
+def _no_generation(reason: str, next_step: str) -> BackendError:
+    return BackendError(
+        "The model does not generate text.",
+        where="lowering to ONNX Runtime",
+        seen=reason,
+        expected="a causal language model: input_ids [batch, sequence], both dynamic, to logits",
+        next_step=next_step,
+    )
 
 
 def load(source: OnnxArtifact | Path, threads: int | None) -> OnnxSession:

@@ -12,7 +12,14 @@ import torch
 from onnxscript import opset21
 
 from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers torch.ops.sqcompile_ort
-from sqcompile.backends.onnxruntime.contrib import GATHER_BLOCK_QUANTIZED, LOOKUP, MATMUL_NBITS
+from sqcompile.backends.onnxruntime.contrib import (
+    CACHED_ATTENTION,
+    GATHER_BLOCK_QUANTIZED,
+    LOOKUP,
+    MATMUL_NBITS,
+    SHARED_POSITIONS,
+    TOKEN_POSITIONS,
+)
 
 OPSET = 21
 """Standard operators: the first version with blocked DequantizeLinear and 4-bit integers."""
@@ -94,6 +101,24 @@ def lookup(codes: Any, table: Any) -> Any:
     return LOOKUP(codes, table)
 
 
+def cached_attention(
+    query: Any, key: Any, value: Any, low: int | None, scale: float, key_scale: Any, value_scale: Any
+) -> Any:
+    """Attention with a cache, as one operator until the model is exported; see `generation.wire`."""
+    window = {} if low is None else {"low": low}
+    return CACHED_ATTENTION(query, key, value, key_scale, value_scale, scale=scale, **window)
+
+
+def token_positions(tokens: Any) -> Any:
+    """Positions of tokens, as one operator until the model is exported; see `generation.wire`."""
+    return TOKEN_POSITIONS(tokens)
+
+
+def shared_positions(tokens: Any) -> Any:
+    """Positions that all rows share, as one operator until the model is exported; see `generation.wire`."""
+    return SHARED_POSITIONS(tokens)
+
+
 def _granularity(axis: int | None, block_size: int | None) -> dict[str, int]:
     attributes: dict[str, int] = {}
     if axis is not None:
@@ -111,5 +136,8 @@ TABLE: dict[Callable[..., Any], Callable[..., Any]] = {
     ort.matmul_nbits.default: matmul_nbits,
     ort.gather_block_quantized.default: gather_block_quantized,
     ort.global_average_pool.default: global_average_pool,
+    ort.cached_attention.default: cached_attention,
+    ort.token_positions.default: token_positions,
+    ort.shared_positions.default: shared_positions,
     torch.ops.sqcompile.lookup.default: lookup,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sqcompile.backends.onnxruntime.contrib import LOOKUP_DOMAIN
+from sqcompile.backends.onnxruntime.contrib import OUR_DOMAIN
 
 _MOVES = frozenset({"Transpose", "Reshape"})
 _EIGHT_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -59,7 +59,7 @@ def look_up_at_load(model: ir.Model) -> int:
     """
     count = 0
     for node in list(model.graph):
-        if (node.domain, node.op_type) != (LOOKUP_DOMAIN, "Lookup"):
+        if (node.domain, node.op_type) != (OUR_DOMAIN, "Lookup"):
             continue
         codes, table = node.inputs
         cast = ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{node.name}/Cast")
@@ -72,7 +72,7 @@ def look_up_at_load(model: ir.Model) -> int:
         ir.convenience.replace_all_uses_with(node.outputs[0], gather.outputs[0], replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         count += 1
-    model.opset_imports.pop(LOOKUP_DOMAIN, None)
+    model.opset_imports.pop(OUR_DOMAIN, None)
     return count
 
 

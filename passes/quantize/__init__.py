@@ -10,6 +10,7 @@ from sqcompile.passes.quantize.freeze_observers import FreezeObservers
 from sqcompile.passes.quantize.gptq import GPTQ
 from sqcompile.passes.quantize.insert_observers import InsertObservers
 from sqcompile.passes.quantize.mixed_precision import MixedPrecision
+from sqcompile.passes.quantize.quantize_cache import QuantizeCache
 from sqcompile.passes.quantize.quantize_weights import QuantizeWeights
 from sqcompile.passes.quantize.relax_clamps import RelaxClamps
 from sqcompile.passes.quantize.rotate_weights import RotateWeights
@@ -27,6 +28,7 @@ __all__ = [
     "FreezeObservers",
     "InsertObservers",
     "MixedPrecision",
+    "QuantizeCache",
     "QuantizeWeights",
     "RelaxClamps",
     "RotateWeights",

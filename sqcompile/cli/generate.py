@@ -26,7 +26,10 @@ _TRACED_TOKENS = 32
 @command
 def generate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help=f"An .sqm file; or, compiled first: {options.MODEL_HELP}")
+        str,
+        typer.Argument(
+            metavar="MODEL", help=f"An .sqm file, a saved folder; or, compiled first: {options.MODEL_HELP}"
+        ),
     ],
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue. [default: standard input]")
@@ -48,16 +51,21 @@ def generate(
     passes: Annotated[
         list[str] | None, typer.Option("--passes", "-p", help="Passes for a model that is compiled first.")
     ] = None,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", "-b", help="native or onnxruntime, for a model that is compiled first."),
+    ] = "native",
     tokenizer: options.Tokenizer = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> Answer:
-    """Let a language model continue a text in the native engine; the text appears as it is made.
+    """Let a language model continue a text; it appears as it is made.
 
     **Examples**
 
         sqcompile generate llama/ "def fibonacci(n):" -p "weight-only{bits=4}"
+        sqcompile generate llama/ "def fibonacci(n):" --backend onnxruntime
         sqcompile generate build/llama.sqm "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
     """
     from sqcompile.data_text import load_tokenizer
@@ -66,7 +74,7 @@ def generate(
     text = prompt if prompt is not None else sys.stdin.read()
     tokens = found(text)["input_ids"]
     _check_prompt(tokens, prompt)
-    session = open_generator(model, passes or [], threads)
+    session = open_generator(model, passes or [], threads, backend)
     ends = _ends(model, found)
 
     def run(on_token: Callable[[int, int], object] | None) -> list[int]:
@@ -98,8 +106,8 @@ def generate(
     return Answer(lambda target: None, about)
 
 
-def open_generator(model: str, passes: list[str], threads: int | None) -> Session:
-    """Return a session that generates: of an `.sqm` file, or of a model that is compiled now.
+def open_generator(model: str, passes: list[str], threads: int | None, backend: str = "native") -> Session:
+    """Return a session that generates: of a file or folder of ours, or of a model that is compiled now.
 
     Raises:
         Error: If there is no such model, it cannot be compiled, or passes are given for what is compiled.
@@ -127,7 +135,7 @@ def open_generator(model: str, passes: list[str], threads: int | None) -> Sessio
         passes=resolve_passes(passes),
         example_inputs=example_inputs([spec]),
         dynamic_shapes={spec.name: spec.dynamic_axes()},
-        backend="native",
+        backend=backend,
         threads=threads,
         progress=progress(),
     )

@@ -36,6 +36,19 @@ def test_streams_from_a_compiled_file(run, folder: Path, expected: list[int]) ->
     assert "12 tokens;" in result.err
 
 
+def test_onnxruntime_continues_too(run, folder: Path, expected: list[int]) -> None:
+    options = ("-n", "12", "--json")
+    compiled = run("generate", str(MODEL), PROMPT, *options, "-b", "onnxruntime")
+    assert compiled.code == 0, compiled.err
+    assert compiled.json["new_tokens"] == expected
+    made = run(
+        "compile", str(MODEL), "-o", "saved", "-b", "onnxruntime", "-i", "input_ids: i64[batch, sequence=32]"
+    )
+    assert made.code == 0, made.err
+    saved = run("generate", "saved", PROMPT, *options)
+    assert saved.code == 0 and saved.json["text"] == compiled.json["text"]
+
+
 def test_draws_follow_the_seed(run, folder: Path) -> None:
     options = ("-n", "10", "--temperature", "1.0", "--top-k", "50", "--kv-cache", "int8", "--json")
     texts = [
@@ -71,6 +84,6 @@ def test_mistakes_lead_to_their_repair(run, folder: Path) -> None:
     )
     assert made.code == 0, made.err
     result = run("generate", "model.onnx", PROMPT, "--tokenizer", str(MODEL))
-    assert result.code == 1 and "backend='native'" in result.err
+    assert result.code == 1 and "save a folder" in result.err
     result = run("generate", "model.onnx", PROMPT, "--tokenizer", str(MODEL), "-p", "weight-only{bits=4}")
     assert result.code == 1 and "takes no passes" in result.err
