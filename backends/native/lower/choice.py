@@ -157,6 +157,7 @@ class Product:
         rows: Rows of activations.
         cached: Whether weights stay in the CPU's caches.
         remark: What is to be said of the choice.
+        share: Its time as a part of that of the form that times are kept by.
     """
 
     form: str
@@ -166,11 +167,13 @@ class Product:
     rows: Size
     cached: bool
     remark: str = ""
+    share: float = 1.0
 
     def ns(self, times: KernelTimes, sizes: Mapping[sympy.Symbol, int]) -> float:
         """Return the time that it will take, with these sizes for symbols."""
         rows = self.rows if isinstance(self.rows, int) else int(self.rows.subs(sizes))
-        return times.predict(self.choice.form, rows, self.n, self.k, self.choice.density, cached=self.cached)
+        time = times.predict(self.choice.form, rows, self.n, self.k, self.choice.density, cached=self.cached)
+        return self.share * time
 
 
 def hints_of(program: Program) -> dict[sympy.Symbol, int]:

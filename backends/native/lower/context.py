@@ -89,10 +89,19 @@ class Lowering:
             self._workloads[rows] = workload_of(self.program, rows)
         return self._workloads[rows]
 
-    def add_product(self, form: str, choice: Candidate, n: int, k: int, rows: Size, remark: str = "") -> None:
+    def add_product(
+        self,
+        form: str,
+        choice: Candidate,
+        n: int,
+        k: int,
+        rows: Size,
+        remark: str = "",
+        share: float = 1.0,
+    ) -> None:
         """Say that the node of the next steps is a product with a stored weight."""
         cached = self.workload(rows).cached
-        self.products[self._name] = Product(form, choice, n, k, rows, cached, remark)
+        self.products[self._name] = Product(form, choice, n, k, rows, cached, remark, share)
 
     def is_defined(self, node: fx.Node) -> bool:
         """Whether a node has become something already."""

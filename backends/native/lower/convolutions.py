@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import fx
 
 from sqcompile.backends.native import _native
-from sqcompile.backends.native.lower.context import Lowering, lowers, node_argument, tensor_of
+from sqcompile.backends.native.lower.choice import Candidate
+from sqcompile.backends.native.lower.context import Lowering, lowers, node_argument, product, tensor_of
+from sqcompile.backends.native.lower.convolution_forms import WeightForm, choose_form
 from sqcompile.backends.native.lower.images import (
     CodesImage,
     codes_of,
@@ -24,7 +26,7 @@ from sqcompile.backends.native.lower.images import (
 )
 from sqcompile.backends.native.lower.quantized import Granularity
 from sqcompile.backends.native.lower.windows import CONVOLUTIONS, Windows, convolution_windows
-from sqcompile.backends.native.plan import Value
+from sqcompile.backends.native.plan import Size, Value
 from sqcompile.operators.table import argument
 
 aten = torch.ops.aten
@@ -33,14 +35,6 @@ sq = torch.ops.sqcompile
 # Products that an int32 sum of 8-bit products holds; kernels/qgemm/qgemm.h.
 _MOST_PRODUCTS = 65536
 _INT8 = np.iinfo(np.int8)
-
-# Weights in blocks of four inputs (kernels/qconvblock): units of a chunk, whose activations fill most of an L1 cache;
-# `block_time`, in cycles of a dense product of 16 outputs with one unit; from when on blocks are taken; and what
-# is worth saying where they are not.
-_CHUNK = 96
-_PER_KEPT, _PER_INPUT, _PER_OUTPUT, _FIXED = 1.35, 5.0, 7.0, 0.07
-_BLOCKS_BELOW = 0.85
-_WORTH_A_NOTE = 0.6
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -124,6 +118,12 @@ def _float_convolution(context: Lowering, node: fx.Node, windows: Windows, low: 
         operands.append(context.plan.add_constant(packed, "fgemm"))
         if numbers is not None:
             operands.append(context.plan.add_constant(_panels(numbers, groups), "panels"))
+        add_convolution(
+            context,
+            WeightForm("float32", "conv", 1.0, packed.nbytes),
+            matrices.shape,
+            product(image_shape(context, node)),
+        )
     shape = (*image_shape(context, node), groups * outputs)
     ints = (*windows.ints, groups, inputs, outputs)
     return context.step(
@@ -260,14 +260,16 @@ class IntegerLayer:
             context.plan.add_constant(_panels(array, per_panel), "panels")
             for array in (sums.astype(np.int32), wrapped, scales, offset)
         ]
-        blocks = self._blocks(context)
-        weight = [self._weight(context)] if blocks is None else blocks
-        operator = self._operator if blocks is None else "conv_q8_block"
-        operands: list[Value | None] = [image.value, *weight, *arrays]
         shape = image_shape(context, self.node)
+        form = self._form()
+        operator = self._operator if form.parts is None else form.operator
+        weight = [self._weight(context)] if form.parts is None else _stored_parts(context, form)
+        operands: list[Value | None] = [image.value, *weight, *arrays]
         ints = [*windows.ints, groups, inputs, outputs, zero, 0, 0]
-        if blocks is not None:
-            ints.append(_CHUNK)
+        if form.parts is not None:
+            ints.append(form.chunk)
+        if not self.is_depthwise:
+            add_convolution(context, form, self.matrices.shape, product(shape))
         channels = groups * outputs
         if target.scale is None:
             floats = (target.low, target.high, 0.0, 0.0, 0.0, 0.0)
@@ -294,33 +296,11 @@ class IntegerLayer:
     def _operator(self) -> str:
         return "conv_q8_depthwise" if self.is_depthwise else "conv_q8"
 
-    def _blocks(self, context: Lowering) -> list[Value] | None:
-        """Return index, values and start of blocks of four inputs, where skipping zero ones pays; else None."""
-        groups, outputs = self.matrices.shape[:2]
-        if groups != 1 or not self.matrices.size:
-            return None
-        rows = _in_four_columns(self.matrices[0]).reshape(outputs, -1, 4)
-        keep = rows.any(axis=2)
-        density = np.count_nonzero(keep) / keep.size
-        time = block_time(density, outputs, keep.shape[1])
-        name = str(node_argument(node_argument(self.node, 1), 0).target)
-        if time > _BLOCKS_BELOW:
-            if density < _WORTH_A_NOTE:
-                context.notes.append(
-                    f"{name}: dense, for its zeros do not pay here: {1 - density:.0%} of the 1x4 blocks are zero, "
-                    f"and skipping them would take {time:.2f} of the dense time"
-                )
-            return None
-        context.notes.append(f"{name}: int8 in 1x4 blocks, {1 - density:.0%} of them zero")
-        room = padded_channels(outputs) - outputs
-        index, values, start = pack_blocks(
-            np.pad(rows, ((0, room), (0, 0), (0, 0))), np.pad(keep, ((0, room), (0, 0)))
-        )
-        return [
-            context.plan.add_constant(index, "qblock_index"),
-            context.plan.add_constant(values, "qblock_values"),
-            context.plan.add_constant(start, "qblock_start"),
-        ]
+    def _form(self) -> WeightForm:
+        """Return how the weight is stored: dense, but for one group whose zeros pay."""
+        if self.matrices.shape[0] != 1:
+            return WeightForm("int8", self._operator, 1.0, self.matrices.size)
+        return choose_form(_in_four_columns(self.matrices[0]))
 
     def _weight(self, context: Lowering) -> Value:
         if self.is_depthwise:
@@ -347,33 +327,29 @@ def _in_four_columns(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
     return np.pad(matrix, ((0, 0), (0, 0), (0, room - inputs))).reshape(outputs, taps * room)
 
 
-def pack_blocks(
-    rows: NDArray[np.int8], keep: NDArray[np.bool_]
-) -> tuple[NDArray[np.uint8], NDArray[np.int8], NDArray[np.uint64]]:
-    """Pack rows [outputs, units, 4] of which `keep` [outputs, units] are not zero; see `kernels/qconvblock`."""
-    outputs, units = keep.shape
-    index, values, counts = [], [], []
-    for first in range(0, units, _CHUNK):
-        where = np.nonzero(keep[:, first : first + _CHUNK])
-        index.append(where[1].astype(np.uint8))
-        values.append(rows[:, first : first + _CHUNK][where])
-        counts.append(np.bincount(where[0], minlength=outputs))
-    start = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.uint64)
-    return np.concatenate(index), np.ascontiguousarray(np.concatenate(values).reshape(-1)), start
+def _stored_parts(context: Lowering, form: WeightForm) -> list[Value]:
+    assert form.parts is not None
+    index, values, start = form.parts
+    return [
+        context.plan.add_constant(index, "qblock_index"),
+        context.plan.add_constant(values, "qblock_values"),
+        context.plan.add_constant(start, "qblock_start"),
+    ]
 
 
-def block_time(density: float, outputs: int, units: int) -> float:
-    """Return the time of a convolution in blocks as a part of the dense one's.
-
-    Measured on Zen 4 (docs/kernels.md): what is kept is read once for each product; each pixel's inputs are interleaved
-    once for all outputs, and each sum is put back in order once for all inputs.
+def add_convolution(context: Lowering, form: WeightForm, matrices: Sequence[int], pixels: Size) -> None:
+    """Say what became of the convolution of the next steps: it is a product of as many rows as it makes pixels.
 
     Args:
-        density: The part of the blocks that is kept.
-        outputs: Output channels.
-        units: Fours of inputs, over all taps.
+        context: The plan under construction.
+        form: The form of its weight.
+        matrices: Shape of the weight, [groups, outputs, places of the kernel, inputs].
+        pixels: Output pixels of all images.
     """
-    return _PER_KEPT * density + _PER_INPUT / max(outputs, 1) + _PER_OUTPUT / max(units, 1) + _FIXED
+    groups, outputs, taps, inputs = matrices
+    dense = "float32" if form.operator == "conv" else "int8"
+    choice = Candidate(dense, 1.0, form.size_bytes)
+    context.add_product(form.name, choice, groups * outputs, taps * inputs, pixels, form.remark, form.time)
 
 
 def code_bounds(scale: Scale, low: float, high: float) -> tuple[float, float]:

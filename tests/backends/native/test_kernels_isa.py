@@ -30,7 +30,7 @@ def test_each_family_lists_its_kernels_best_first_and_ends_with_scalar() -> None
     for kernel in kernels.list_kernels():
         by_family.setdefault(kernel.family, []).append(kernel)
     families = {"machine", "quantize", "qgemm", "q4gemm", "qsparse", "q4sparse", "qblock"}
-    families |= {"qconv", "qconvblock", "qdepthwise", "fconv", "qbinary", "qimage"}
+    families |= {"qconv", "qconvblock", "qconvsparse", "qdepthwise", "fconv", "qbinary", "qimage"}
     assert families <= set(by_family)
     for family, lines in by_family.items():
         assert lines[-1].isa == "scalar" and lines[-1].available, family

@@ -17,13 +17,14 @@ namespace sqc {
 
 class WorkShares {
  public:
-  // At most 2^32 - 1 items. Parts begin at multiples of `unit` and have at least `least` items, where so many are
-  // left.
+  static constexpr std::int64_t kMost = 0xffffffff;
+
+  // At most kMost items. Parts begin at multiples of `unit` behind the begin of a share and have at least `least`
+  // items, where so many are left.
   WorkShares(int threads, std::int64_t unit, std::int64_t least) noexcept
       : threads_(threads), unit_(unit), least_(least > unit ? least : unit) {}
 
-  // The share that `thread` begins with; for each thread, before any takes a part. It begins at a multiple of the
-  // unit.
+  // The share that `thread` begins with; for each thread, before any takes a part.
   void set(int thread, Range share) noexcept { shares_[thread].items.store(pack(share), std::memory_order_relaxed); }
 
   // The next part for `thread`; false when there is none.
@@ -92,10 +93,18 @@ class WorkShares {
   Share shares_[ThreadPool::kMaxThreads];  // those of the team are set
 };
 
-// Calls f(thread, part) until all of `count` equally costly items are done.
+// Calls f(thread, part) until all of `count` equally costly items are done. Shares are in multiples of `unit`, parts of
+// them in multiples of `step`, or of the unit.
 template <class F>
-Status run_shared(ThreadPool& pool, std::int64_t count, std::int64_t unit, std::int64_t least, F f) noexcept {
-  WorkShares shares(pool.threads(), unit, least);
+Status run_shared(ThreadPool& pool, std::int64_t count, std::int64_t unit, std::int64_t least, F f,
+                  std::int64_t step = 0) noexcept {
+  if (count > WorkShares::kMost) {
+    return pool.run([&](int thread) {
+      const Range part = split_evenly(count, unit, pool.threads(), thread);
+      if (part.begin < part.end) f(thread, part);
+    });
+  }
+  WorkShares shares(pool.threads(), step > 0 ? step : unit, least);
   for (int i = 0; i < pool.threads(); ++i) shares.set(i, split_evenly(count, unit, pool.threads(), i));
   return pool.run([&](int thread) {
     for (Range part; shares.take(thread, &part);) f(thread, part);

@@ -29,6 +29,7 @@
 #include "kernels/qbinary/qbinary.h"
 #include "kernels/qblock/qblock.h"
 #include "kernels/qconvblock/qconvblock.h"
+#include "kernels/qconvsparse/qconvsparse.h"
 #include "kernels/qdepthwise/qdepthwise.h"
 #include "kernels/qgemm/qgemm.h"
 #include "kernels/qimage/qimage.h"
@@ -89,6 +90,7 @@ nb::dict kernels() {
   result["qblock"] = kernel_list(sqc::qblock_kernels());
   result["qconv"] = kernel_list(sqc::qconv_kernels());
   result["qconvblock"] = kernel_list(sqc::qconvblock_kernels());
+  result["qconvsparse"] = kernel_list(sqc::qconvsparse_kernels());
   result["qdepthwise"] = kernel_list(sqc::qdepthwise_kernels());
   result["fconv"] = kernel_list(sqc::fconv_kernels());
   result["qbinary"] = kernel_list(sqc::qbinary_kernels());

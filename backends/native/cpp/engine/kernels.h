@@ -16,6 +16,7 @@
 #include "kernels/qblock/qblock.h"
 #include "kernels/qconv/qconv.h"
 #include "kernels/qconvblock/qconvblock.h"
+#include "kernels/qconvsparse/qconvsparse.h"
 #include "kernels/qdepthwise/qdepthwise.h"
 #include "kernels/qgemm/qgemm.h"
 #include "kernels/qimage/qimage.h"
@@ -44,6 +45,7 @@ struct Kernels {
         qblock(qblock_kernel(isa)),
         qconv(qconv_kernel(isa)),
         qconvblock(qconvblock_kernel(isa)),
+        qconvsparse(qconvsparse_kernel(isa)),
         qdepthwise(qdepthwise_kernel(isa)),
         qimage(qimage_kernel(isa)),
         rope(rope_kernel(isa)),
@@ -65,6 +67,7 @@ struct Kernels {
   Kernel<QblockFunction> qblock;
   Kernel<QconvFunction> qconv;
   Kernel<QconvblockFunction> qconvblock;
+  Kernel<QconvsparseFunction> qconvsparse;
   Kernel<QdepthwiseFunction> qdepthwise;
   Kernel<QimageFunction> qimage;
   Kernel<RopeFunction> rope;

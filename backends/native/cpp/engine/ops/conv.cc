@@ -18,8 +18,8 @@ constexpr std::int64_t kMostChannels = std::int64_t{1} << 24;
 enum Int { kKernel, kStride = 2, kBefore = 4, kBehind = 6, kDilation = 8, kSpread = 10, kGroups = 12, kIn, kOut };
 enum CodeInt { kInZero = 15, kOutZero, kOtherZero, kChunk };
 
-// Where the arrays by output begin: behind x and the weight.
-constexpr int kDenseArrays = 2, kBlockArrays = 4;
+// Where the arrays by output begin: behind x and the weight, which is three arrays if only parts of it are stored.
+constexpr int kDenseArrays = 2, kPartArrays = 4;
 
 std::int64_t round_up_to(std::int64_t n, std::int64_t unit) noexcept { return (n + unit - 1) / unit * unit; }
 
@@ -55,13 +55,14 @@ Status wrong_weights(const char* what) noexcept {
   return Status::error(StatusCode::kDamaged, "the file is damaged: the weights of a convolution have wrong %s", what);
 }
 
-// Kernels follow starts and indices without looking.
-Status check_blocks(const PackedWeights& w, std::int64_t outputs, std::int64_t units) noexcept {
+// Kernels follow starts and indices without looking. Each part has four weights: of one of the units, if it has one
+// index, or each of its own.
+Status check_parts(const PackedWeights& w, std::int64_t outputs, std::int64_t units, std::int64_t indices) noexcept {
   std::int64_t chunk = 0;
   SQC_RETURN_IF_ERROR(w.integer(kChunk, &chunk));
-  if (chunk < 1 || chunk > kQconvblockMaxChunk) return wrong_weights("blocks");
-  const std::int64_t chunks = (units + chunk - 1) / chunk, starts = chunks * outputs + 1, count = w.bytes(1);
-  if (!w.is(1, DType::u8, Layout::qblock_index, count) || !w.is(2, DType::i8, Layout::qblock_values, count * 4) ||
+  if (chunk < 1 || chunk > (indices == 1 ? kQconvblockMaxChunk : kQconvsparseMaxChunk)) return wrong_weights("blocks");
+  const std::int64_t chunks = (units + chunk - 1) / chunk, starts = chunks * outputs + 1, count = w.bytes(1) / indices;
+  if (!w.is(1, DType::u8, Layout::qblock_index, count * indices) || !w.is(2, DType::i8, Layout::qblock_values, count * 4) ||
       !w.is(3, DType::u64, Layout::qblock_start, starts)) {
     return wrong_weights("arrays");
   }
@@ -72,7 +73,8 @@ Status check_blocks(const PackedWeights& w, std::int64_t outputs, std::int64_t u
     if (start[i] > start[i + 1] || start[i + 1] > static_cast<std::uint64_t>(count)) return wrong_weights("starts");
     // The last chunk may be shorter.
     const std::int64_t first = i / outputs * chunk, room = units - first < chunk ? units - first : chunk;
-    for (std::uint64_t b = start[i]; b < start[i + 1]; ++b) {
+    const auto width = static_cast<std::uint64_t>(indices);
+    for (std::uint64_t b = start[i] * width; b < start[i + 1] * width; ++b) {
       if (index[b] >= room) return wrong_weights("blocks");
     }
   }
@@ -83,8 +85,8 @@ Status check_blocks(const PackedWeights& w, std::int64_t outputs, std::int64_t u
 
 Status check_convolution_weights(const Plan& plan, const format::Operator& step) noexcept {
   const auto id = static_cast<OperatorId>(step.kind);
-  const bool blocks = id == OperatorId::conv_q8_block;
-  const bool codes = blocks || id == OperatorId::conv_q8 || id == OperatorId::conv_q8_depthwise;
+  const bool sparse = id == OperatorId::conv_q8_sparse, parts = sparse || id == OperatorId::conv_q8_block;
+  const bool codes = parts || id == OperatorId::conv_q8 || id == OperatorId::conv_q8_depthwise;
   const bool depthwise = id == OperatorId::conv_depthwise || id == OperatorId::conv_q8_depthwise;
   if (!codes && id != OperatorId::conv && id != OperatorId::conv_depthwise) return Status::ok();
   const PackedWeights w(plan, step);
@@ -114,13 +116,13 @@ Status check_convolution_weights(const Plan& plan, const format::Operator& step)
     return Status::ok();
   }
   if (!depthwise) SQC_RETURN_IF_ERROR(qgemm_check_sizes(out, k));
-  if (blocks) {
+  if (parts) {
     if (groups != 1) return wrong_weights("sizes");
-    SQC_RETURN_IF_ERROR(check_blocks(w, outputs, k / 4));
+    SQC_RETURN_IF_ERROR(check_parts(w, outputs, sparse ? k : k / 4, sparse ? 4 : 1));
   } else if (!w.is(1, DType::i8, depthwise ? Layout::plain : Layout::qgemm, count)) {
     return wrong_weights("arrays");
   }
-  const int arrays = blocks ? kBlockArrays : kDenseArrays;
+  const int arrays = parts ? kPartArrays : kDenseArrays;
   if (!w.is(arrays, DType::i32, Layout::panels, outputs) || !w.is(arrays + 1, DType::i32, Layout::panels, outputs) ||
       !w.is(arrays + 2, DType::f32, Layout::panels, outputs) || !w.is(arrays + 3, DType::f32, Layout::panels, outputs)) {
     return wrong_weights("scales");
@@ -305,12 +307,14 @@ Status prepare_conv_q8(PrepareContext& c) noexcept {
 }
 
 // The same with the weight in three inputs: index, values, start. One more of the ints: units of a chunk.
-Status prepare_conv_q8_block(PrepareContext& c) noexcept {
+Status prepare_conv_q8_parts(PrepareContext& c) noexcept {
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
-  SQC_RETURN_IF_ERROR(check_codes(c, window, kBlockArrays, false));
+  SQC_RETURN_IF_ERROR(check_codes(c, window, kPartArrays, false));
+  const QconvParams p = code_params(c, window, kPartArrays);
+  const std::int64_t blocks = qconvblock_scratch_bytes(p), elements = qconvsparse_scratch_bytes(p);
   c.accept_packed();
-  c.need_scratch(qconvblock_scratch_bytes(code_params(c, window, kBlockArrays)) * c.threads);
+  c.need_scratch((blocks > elements ? blocks : elements) * c.threads);
   return Status::ok();
 }
 
@@ -331,14 +335,32 @@ Status run_conv_q8_depthwise(RunContext& c) noexcept {
   return qdepthwise(c.pool, c.kernels.qdepthwise, p, c.scratch);
 }
 
-Status run_conv_q8_block(RunContext& c) noexcept {
+namespace {
+
+// Parameters of a kernel family whose weights are index, values and start.
+template <class Params>
+Status part_params(const RunContext& c, Params* p) noexcept {
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
-  QconvblockParams p = {code_params(c, window, kBlockArrays), c.integer(kChunk), c.in(1).as<std::uint8_t>(),
-                        c.in(2).as<std::int8_t>(), c.in(3).as<std::uint64_t>()};
-  set_data(c, kBlockArrays, &p.dense);
-  p.dense.sum = c.in(kBlockArrays).as<std::int32_t>();
+  *p = {code_params(c, window, kPartArrays), c.integer(kChunk), c.in(1).as<std::uint8_t>(), c.in(2).as<std::int8_t>(),
+        c.in(3).as<std::uint64_t>()};
+  set_data(c, kPartArrays, &p->dense);
+  p->dense.sum = c.in(kPartArrays).as<std::int32_t>();
+  return Status::ok();
+}
+
+}  // namespace
+
+Status run_conv_q8_block(RunContext& c) noexcept {
+  QconvblockParams p;
+  SQC_RETURN_IF_ERROR(part_params(c, &p));
   return qconvblock(c.pool, c.kernels.qconvblock, p, c.scratch);
+}
+
+Status run_conv_q8_sparse(RunContext& c) noexcept {
+  QconvsparseParams p;
+  SQC_RETURN_IF_ERROR(part_params(c, &p));
+  return qconvsparse(c.pool, c.kernels.qconvsparse, p, c.scratch);
 }
 
 }  // namespace sqc

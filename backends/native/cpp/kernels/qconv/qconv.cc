@@ -1,5 +1,6 @@
 #include "kernels/qconv/qconv.h"
 
+#include "base/work_shares.h"
 #include "kernels/qgemm/qgemm.h"
 
 namespace sqc {
@@ -72,15 +73,13 @@ Status qconv(ThreadPool& pool, const Kernel<QconvFunction>& kernel, const QconvP
   // several groups are not, because the end of one overlaps the begin of the next.
   const std::int64_t image = p.window.batch * p.window.in_h * p.window.in_w * p.x_stride;
   const bool by_outputs = p.groups == 1 && panels >= 4 * threads && panels * 16 * k > image;
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(by_outputs ? panels : rows, by_outputs ? 4 : 1, threads, thread);
-    if (range.begin >= range.end) return;
-    std::uint8_t* own = scratch + thread * bytes;
-    if (by_outputs) {
-      kernel.run(p, 0, rows, range.begin, range.end, own);
-    } else {
-      kernel.run(p, range.begin, range.end, 0, panels, own);
-    }
+  if (by_outputs) {
+    return run_shared(pool, panels, 4, 4, [&](int thread, Range part) {
+      kernel.run(p, 0, rows, part.begin, part.end, scratch + thread * bytes);
+    });
+  }
+  return run_shared(pool, rows, 1, kQconvRows, [&](int thread, Range part) {
+    kernel.run(p, part.begin, part.end, 0, panels, scratch + thread * bytes);
   });
 }
 

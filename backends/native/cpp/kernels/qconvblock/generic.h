@@ -3,40 +3,11 @@
 #ifndef SQC_KERNELS_QCONVBLOCK_GENERIC_H_
 #define SQC_KERNELS_QCONVBLOCK_GENERIC_H_
 
-#include "kernels/qconv/finish_panel.h"
+#include "kernels/qconv/pixels.h"
 #include "kernels/qconvblock/qconvblock.h"
 
 namespace sqc {
 namespace {
-
-// What `pixels` output pixels see, sixteen at a time: to[unit][pixel][4]. There is a pointer for every pixel.
-template <class S>
-static void interleave_pixels(std::int64_t taps, std::int64_t run, std::int64_t pixels, const std::uint8_t* const* pointers,
-                              std::uint8_t* to) {
-  const std::int64_t units = run / 4;
-  for (std::int64_t tap = 0; tap < taps; ++tap, pointers += kQconvRows, to += units * pixels * 4) {
-    for (std::int64_t first = 0; first < pixels; first += 16) {
-      for (std::int64_t u = 0; u < units; u += 16) {
-        const std::int64_t here = units - u < 16 ? units - u : 16;
-        typename S::I32 v[16];
-        for (int i = 0; i < 16; ++i) {
-          const std::uint8_t* from = pointers[first + i] + u * 4;
-          if (here == 16) {
-            v[i] = S::load_i(reinterpret_cast<const std::int32_t*>(from));
-            continue;
-          }
-          std::int32_t lanes[16] = {};
-          std::memcpy(lanes, from, static_cast<std::size_t>(here) * 4);
-          v[i] = S::load_i(lanes);
-        }
-        S::transpose(v);
-        for (std::int64_t i = 0; i < here; ++i) {
-          S::store_i(reinterpret_cast<std::int32_t*>(to + ((u + i) * pixels + first) * 4), v[i]);
-        }
-      }
-    }
-  }
-}
 
 // Adds the products of one output's blocks of a chunk to its sums, Vectors x 16 pixels. A unit has `unit_bytes`.
 template <class S, int Vectors>
@@ -72,17 +43,7 @@ static void multiply_tile(const QconvblockParams& s, const Requantizer<S>& requa
         add_blocks<S, Vectors>(s.index + first, count, s.values + first * 4, here, kPixels * 4, sums + (n - strip * 16) * kPixels);
       }
     }
-    for (std::int64_t panel = strip; panel < strip_end; ++panel) {
-      const std::int32_t* of_panel = sums + (panel - strip) * 16 * kPixels;
-      for (std::int64_t r = 0; r < rows; r += 16) {
-        typename S::I32 v[16];
-        for (int i = 0; i < 16; ++i) v[i] = S::load_i(of_panel + i * kPixels + r);
-        S::transpose(v);
-        std::int32_t ordered[16][16];
-        for (int i = 0; i < 16; ++i) S::store_i(ordered[i], v[i]);
-        finish_panel<S>(s.dense, requantizer, 0, panel, m + r, rows - r < 16 ? rows - r : 16, ordered[0], 16);
-      }
-    }
+    finish_strip<S, Vectors>(s.dense, requantizer, strip, strip_end, m, rows, sums);
   }
 }
 
@@ -116,11 +77,8 @@ static void qconvblock_generic(const QconvblockParams& s, std::int64_t row_begin
     const std::int64_t m = row_begin + tile * kQconvblockPixels;
     const std::int64_t rows = row_end - m < kQconvblockPixels ? row_end - m : kQconvblockPixels;
     const std::int64_t vectors = (rows + 15) / 16;
-    point_at_taps(p.window, p.x, p.x_stride, zeros, m, rows, kQconvRows, pointers);
-    for (std::int64_t tap = 0; tap < taps; ++tap) {
-      for (std::int64_t r = rows; r < vectors * 16; ++r) pointers[tap * kQconvRows + r] = zeros;
-    }
-    interleave_pixels<S>(taps, run, vectors * 16, pointers, act);
+    point_at_pixels(p, zeros, m, rows, vectors * 16, pointers);
+    interleave_pixels<S>(taps, run, vectors * 16, vectors * 16, pointers, act);
     multiply_vectors<S, 4>(vectors, s, requantizer, panel_begin, panel_end, units, m, rows, act, sums);
   }
 }

@@ -1,5 +1,7 @@
 #include "kernels/qconvblock/qconvblock.h"
 
+#include "kernels/qconv/pixel_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -33,24 +35,10 @@ Status qconvblock(ThreadPool& pool, const Kernel<QconvblockFunction>& kernel, co
   }
   const std::int64_t rows = p.window.rows(), panels = (p.out_channels + 15) / 16;
   if (rows == 0 || panels == 0) return Status::ok();
-  const int threads = pool.threads();
   const std::int64_t bytes = qconvblock_scratch_bytes(p);
-  if (threads == 1 || rows * panels <= 16) {
-    kernel.run(s, 0, rows, 0, panels, scratch);
-    return Status::ok();
-  }
-  // Pixels are interleaved by every thread that needs them: so pixels are split, if there are enough to fill tiles.
-  const bool by_outputs = rows < kQconvblockPixels * threads && panels >= 2 * threads;
-  if (!by_outputs) {
-    return pool.run([&](int thread) {
-      const Range range = split_evenly(rows, 16, threads, thread);
-      if (range.begin < range.end) kernel.run(s, range.begin, range.end, 0, panels, scratch + thread * bytes);
-    });
-  }
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(panels, 1, threads, thread);
-    if (range.begin < range.end) kernel.run(s, 0, rows, range.begin, range.end, scratch + thread * bytes);
-  });
+  return run_pixels(pool, rows, panels, scratch, bytes,
+                    [&](std::int64_t row_begin, std::int64_t row_end, std::int64_t panel_begin, std::int64_t panel_end,
+                        std::uint8_t* own) { kernel.run(s, row_begin, row_end, panel_begin, panel_end, own); });
 }
 
 }  // namespace sqc

@@ -1,5 +1,7 @@
 #include "kernels/qdepthwise/qdepthwise.h"
 
+#include "base/work_shares.h"
+
 namespace sqc {
 namespace {
 
@@ -47,9 +49,8 @@ Status qdepthwise(ThreadPool& pool, const Kernel<QdepthwiseFunction>& kernel, co
     return Status::ok();
   }
   const std::int64_t bytes = qdepthwise_scratch_bytes(p);
-  return pool.run([&](int thread) {
-    const Range range = split_evenly(rows, 1, threads, thread);
-    if (range.begin < range.end) kernel.run(p, range.begin, range.end, scratch + thread * bytes);
+  return run_shared(pool, rows, 1, kQdepthwiseRows, [&](int thread, Range part) {
+    kernel.run(p, part.begin, part.end, scratch + thread * bytes);
   });
 }
 

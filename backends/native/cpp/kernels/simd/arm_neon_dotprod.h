@@ -185,6 +185,25 @@ struct Simd {
   }
   static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) { return {broadcast4(p)}; }
   static SQC_INLINE Acc dot_row_tile(Acc acc, const RowTile& t, Weight4 w) { return dot(acc, w.v, t); }
+  static SQC_INLINE void split_planes(std::uint8_t* p) {
+    uint8x16x4_t t[4];
+    for (int i = 0; i < 4; ++i) t[i] = vld4q_u8(p + 64 * i);
+    for (int i = 0; i < 4; ++i) {
+      for (int c = 0; c < 4; ++c) vst1q_u8(p + 64 * c + 16 * i, t[i].val[c]);
+    }
+  }
+  template <int Vectors>
+  static SQC_INLINE void join_planes(const std::uint8_t* const* planes, RowTile* tiles) {
+    const auto as_signed = [](uint16x8_t v) { return vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_u16(v), vdupq_n_u8(128))); };
+    for (int i = 0; i < Vectors; ++i) {
+      const uint8x16_t a = vld1q_u8(planes[0] + 16 * i), b = vld1q_u8(planes[1] + 16 * i);
+      const uint8x16_t c = vld1q_u8(planes[2] + 16 * i), d = vld1q_u8(planes[3] + 16 * i);
+      const uint16x8_t low01 = vreinterpretq_u16_u8(vzip1q_u8(a, b)), high01 = vreinterpretq_u16_u8(vzip2q_u8(a, b));
+      const uint16x8_t low23 = vreinterpretq_u16_u8(vzip1q_u8(c, d)), high23 = vreinterpretq_u16_u8(vzip2q_u8(c, d));
+      tiles[i] = {{as_signed(vzip1q_u16(low01, low23)), as_signed(vzip2q_u16(low01, low23)),
+                   as_signed(vzip1q_u16(high01, high23)), as_signed(vzip2q_u16(high01, high23))}};
+    }
+  }
   static SQC_INLINE void transpose(I32* rows) {
     std::int32_t from[16][16], to[16][16];
     for (int i = 0; i < 16; ++i) store_i(from[i], rows[i]);

@@ -223,6 +223,15 @@ struct Simd {
       return wrap(bits(acc.v[i]) + bits(a[0] * w.v[0] + a[1] * w.v[1] + a[2] * w.v[2] + a[3] * w.v[3]));
     });
   }
+  static SQC_INLINE void split_planes(std::uint8_t* p) {
+    std::uint8_t pixels[256];
+    std::memcpy(pixels, p, sizeof pixels);
+    for (int i = 0; i < 256; ++i) p[i % 4 * 64 + i / 4] = pixels[i];
+  }
+  template <int Vectors>
+  static SQC_INLINE void join_planes(const std::uint8_t* const* planes, RowTile* tiles) {
+    for (int i = 0; i < Vectors * 64; ++i) tiles[i / 64].v[i % 64] = planes[i % 4][i / 4];
+  }
   static SQC_INLINE void transpose(I32* rows) {
     for (int i = 0; i < 16; ++i) {
       for (int j = 0; j < i; ++j) {

@@ -28,6 +28,12 @@
 //   merge<Shift, Bit>(low, high): bytes whose lowest two bits are those at Shift of `low`, and whose third is the
 //     one at Bit of `high`.
 //
+// Planes hold one byte of each of 64 pixels, in an order of the instruction set's own (kernels/qconvsparse):
+//
+//   split_planes(pixels): 64 pixels of four bytes to four planes, in place.
+//   join_planes<Vectors>(planes, tiles): the first Vectors x 16 pixels of any four planes as row tiles: their bytes
+//     are a pixel's four k.
+//
 // Where kHasQuads, 64 channels are taken at once, with the bytes of four places together (kernels/qdepthwise).
 //
 // Sparse tiles are a mask of 64 bits, bit i for byte i of the tile, and the bytes whose bit is set:

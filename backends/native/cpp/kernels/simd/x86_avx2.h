@@ -198,6 +198,30 @@ struct Simd {
     return {_mm256_cvtepi8_epi16(_mm_set1_epi32(load32(p)))};
   }
   static SQC_INLINE Acc dot_row_tile(Acc acc, const RowTile& t, Weight4 w) { return dot_us(acc, w, t); }
+  static SQC_INLINE void split_planes(std::uint8_t* p) {
+    const __m128i by_channel = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m128i t[16];
+    SQC_UNROLL for (int i = 0; i < 16; ++i) t[i] = _mm_shuffle_epi8(load128(p + 16 * i), by_channel);
+    SQC_UNROLL for (int i = 0; i < 4; ++i) {
+      const __m128i low01 = _mm_unpacklo_epi32(t[4 * i], t[4 * i + 1]), high01 = _mm_unpackhi_epi32(t[4 * i], t[4 * i + 1]);
+      const __m128i low23 = _mm_unpacklo_epi32(t[4 * i + 2], t[4 * i + 3]), high23 = _mm_unpackhi_epi32(t[4 * i + 2], t[4 * i + 3]);
+      const __m128i planes[4] = {_mm_unpacklo_epi64(low01, low23), _mm_unpackhi_epi64(low01, low23),
+                                 _mm_unpacklo_epi64(high01, high23), _mm_unpackhi_epi64(high01, high23)};
+      SQC_UNROLL for (int c = 0; c < 4; ++c) _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 64 * c + 16 * i), planes[c]);
+    }
+  }
+  template <int Vectors>
+  static SQC_INLINE void join_planes(const std::uint8_t* const* planes, RowTile* tiles) {
+    SQC_UNROLL for (int i = 0; i < Vectors; ++i) {
+      const __m128i a = load128(planes[0] + 16 * i), b = load128(planes[1] + 16 * i);
+      const __m128i c = load128(planes[2] + 16 * i), d = load128(planes[3] + 16 * i);
+      const __m128i low01 = _mm_unpacklo_epi8(a, b), high01 = _mm_unpackhi_epi8(a, b);
+      const __m128i low23 = _mm_unpacklo_epi8(c, d), high23 = _mm_unpackhi_epi8(c, d);
+      tiles[i] = {{_mm256_cvtepu8_epi16(_mm_unpacklo_epi16(low01, low23)), _mm256_cvtepu8_epi16(_mm_unpackhi_epi16(low01, low23)),
+                   _mm256_cvtepu8_epi16(_mm_unpacklo_epi16(high01, high23)),
+                   _mm256_cvtepu8_epi16(_mm_unpackhi_epi16(high01, high23))}};
+    }
+  }
   // By way of memory: a product ends with one of these for 256 sums, each a sum over all of k.
   static SQC_INLINE void transpose(I32* rows) {
     std::int32_t from[16][16], to[16][16];

@@ -110,6 +110,32 @@ struct Simd {
   static SQC_INLINE RowTile load_row_tile(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
   static SQC_INLINE Weight4 load_weight4(const std::int8_t* p) { return _mm512_set1_epi32(load32(p)); }
   static SQC_INLINE Acc dot_row_tile(Acc acc, RowTile t, Weight4 w) { return _mm512_dpbusd_epi32(acc, t, w); }
+  // Quarter q of a plane holds of each sixteen pixels the four from 4 q on, so that four planes become row tiles by
+  // shuffles within quarters.
+  static SQC_INLINE void split_planes(std::uint8_t* p) {
+    const __m512i by_channel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m512i t[4];
+    SQC_UNROLL for (int i = 0; i < 4; ++i) t[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(p + 64 * i), by_channel);
+    const __m512i low01 = _mm512_unpacklo_epi32(t[0], t[1]), high01 = _mm512_unpackhi_epi32(t[0], t[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(t[2], t[3]), high23 = _mm512_unpackhi_epi32(t[2], t[3]);
+    _mm512_storeu_si512(p, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(p + 64, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(p + 128, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(p + 192, _mm512_unpackhi_epi64(high01, high23));
+  }
+  template <int Vectors>
+  static SQC_INLINE void join_planes(const std::uint8_t* const* planes, RowTile* tiles) {
+    __m512i a[4];
+    SQC_UNROLL for (int i = 0; i < 4; ++i) a[i] = _mm512_loadu_si512(planes[i]);
+    const __m512i low01 = _mm512_unpacklo_epi8(a[0], a[1]), low23 = _mm512_unpacklo_epi8(a[2], a[3]);
+    tiles[0] = _mm512_unpacklo_epi16(low01, low23);
+    if constexpr (Vectors > 1) tiles[1] = _mm512_unpackhi_epi16(low01, low23);
+    if constexpr (Vectors > 2) {
+      const __m512i high01 = _mm512_unpackhi_epi8(a[0], a[1]), high23 = _mm512_unpackhi_epi8(a[2], a[3]);
+      tiles[2] = _mm512_unpacklo_epi16(high01, high23);
+      if constexpr (Vectors > 3) tiles[3] = _mm512_unpackhi_epi16(high01, high23);
+    }
+  }
   // 16 x 16: within quarters of the registers, then the quarters.
   static SQC_INLINE void transpose(I32* rows) {
     I32 pairs[16], quads[16], halves[16];
