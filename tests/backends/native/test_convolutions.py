@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.image_programs import images, images_program
+from support.machines import machine
 from support.parity import Steps
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
+from sqcompile.backends.native import kernel_times
 from sqcompile.backends.native.artifact import NativeArtifact
+from sqcompile.backends.native.backend import BACKEND
 from sqcompile.backends.native.session import NativeSession
 from sqcompile.calibration import Calibration
 from sqcompile.errors import InputError
@@ -193,6 +197,27 @@ def test_an_empty_batch(lower: Lower, load: Load) -> None:
         torch.testing.assert_close(session.run([x])[0], program.run([x])[0].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_of_none_images_of_one_pixel_and_changing_sizes(lower: Lower, load: Load) -> None:
+    """In 8 bits, through every form of a convolution; sizes come back, and are prepared by then."""
+    program = images_program()
+    artifact = lower(program)
+    forms = {name: choice.form for name, choice in artifact.choices.items()}
+    assert forms["blocks"] == "int8 in 1x4 blocks" and forms["elements"] == "int8, nonzeros"
+    session = load(artifact)
+    shapes = [(2, 9, 8), (1, 1, 1), (0, 5, 5), (4, 16, 16), (3, 1, 16), (1, 1, 1), (1, 16, 1), (2, 9, 8)]
+    for batch, height, width in shapes:
+        (result,) = session.run([images(batch, height, width)])
+        assert result.shape == program.run([images(batch, height, width)])[0].shape
+    _agrees(program, session, [images(*shape) for shape in shapes if shape[0]])
+    with pytest.raises(InputError, match="height is 0; the model takes 1 to 16"):
+        session.run([torch.zeros(1, 3, 0, 4)])
+    with pytest.raises(InputError, match="width is 17"):
+        session.run([torch.zeros(1, 3, 4, 17)])
+    with pytest.raises(InputError, match="dimension 1"):
+        session.run([torch.zeros(1, 4, 4, 4)])
+    assert session.run([images(2, 9, 8)])[0].isfinite().all()
+
+
 def test_an_image_that_is_too_small_is_an_error(lower: Lower, load: Load) -> None:
     dims = {"input": {2: Dim("height", min=7, max=64)}}
     layer = _made(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, stride=2)))
@@ -221,11 +246,11 @@ class Wide(nn.Module):
         return self.last(F.relu(self.square(x)))
 
 
-def _pruned(sparsity: float) -> Program:
+def _pruned(sparsity: float, pattern: str = "1x4") -> Program:
     program = trace(_made(Wide), (_random((2, 3, 12, 12)),))
     calibration = Calibration([_random((2, 3, 12, 12), seed) for seed in range(2)], program.signature)
     masks: list[Pass] = [
-        MaskWeights(sparsity=sparsity, pattern="1x4", layers=("point", "square", "last")),
+        MaskWeights(sparsity=sparsity, pattern=pattern, layers=("point", "square", "last")),
         ApplyMasks(),
     ]
     PassManager([*masks, *pipelines.int8_static(equalize=False)]).run(
@@ -234,23 +259,55 @@ def _pruned(sparsity: float) -> Program:
     return program
 
 
+def _agrees_on_any_number_of_threads(program: Program, artifact: NativeArtifact) -> None:
+    inputs = program.signature.bind((_random((2, 3, 12, 12)),), {})
+    sessions = [BACKEND.load(artifact, threads=threads) for threads in (1, 2, 3)]
+    _agrees(program, sessions[1], [_random((2, 3, 12, 12), seed) for seed in range(4)])
+    results = [session.run(inputs)[0] for session in sessions]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_blocks_of_zeros_are_skipped_where_that_pays(lower: Lower, load: Load) -> None:
     program = _pruned(0.85)
     artifact = lower(program)
     session = load(artifact)
     assert _steps(session)["conv_q8_block"] == 1, "the others have too few inputs or outputs"
-    assert any("square.weight" in note and "1x4 blocks, 85%" in note for note in artifact.notes)
-    _agrees(program, session, [_random((2, 3, 12, 12), seed) for seed in range(4)])
-    inputs = program.signature.bind((_random((2, 3, 12, 12)),), {})
-    results = [load(artifact, threads).run(inputs)[0] for threads in (1, 2, 3)]
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert artifact.choices["square"].form == "int8 in 1x4 blocks" and not artifact.choices["square"].remark
+    _agrees_on_any_number_of_threads(program, artifact)
+
+
+def test_single_weights_are_skipped_where_that_pays(lower: Lower, load: Load) -> None:
+    program = _pruned(0.85, "unstructured")
+    artifact = lower(program)
+    session = load(artifact)
+    assert _steps(session)["conv_q8_sparse"] >= 1 and not _steps(session)["conv_q8_block"]
+    assert artifact.choices["square"].form == "int8, nonzeros" and not artifact.choices["square"].remark
+    assert artifact.choices["stem"].form == "int8", "nothing in it is zero"
+    _agrees_on_any_number_of_threads(program, artifact)
 
 
 def test_zeros_that_do_not_pay_are_said(lower: Lower, load: Load) -> None:
     artifact = lower(_pruned(0.45))
     assert not _steps(load(artifact))["conv_q8_block"]
-    assert sum("do not pay here" in note for note in artifact.notes) == 3
-    assert any("45% of the 1x4 blocks are zero" in note for note in artifact.notes)
+    remarks = {name: choice.remark for name, choice in artifact.choices.items() if choice.remark}
+    assert remarks.keys() == {"point", "square", "last"}
+    assert all(
+        "sparsity does not pay" in remark and "45% of the weights are zero" in remark
+        for remark in remarks.values()
+    )
+
+
+def test_times_are_predicted_from_products_of_as_many_rows_as_pixels(
+    lower: Lower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where a million weights take 100 ns a row; what skips zeros takes its part of that."""
+    artifact = lower(_pruned(0.85))
+    monkeypatch.setattr(kernel_times, "kernel_times", lambda: (machine(), ""))
+    predicted = artifact.predict([_random((2, 3, 12, 12))])
+    assert predicted["point"] == pytest.approx(2 * 144 * 100.0 * 32 * 64 / 1e6)
+    dense = 2 * 36 * 100.0 * 64 * 64 * 9 / 1e6
+    assert predicted["square"] == pytest.approx(dense * artifact.products["square"].share)
+    assert 0.1 < artifact.products["square"].share < 0.85
 
 
 def test_a_profile_speaks_of_the_layers(lower: Lower, load: Load) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.image_programs import images, images_program
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -27,6 +28,7 @@ from sqcompile.quantization.format import Format
 from sqcompile.tracing import trace
 
 GOLDEN = Path(__file__).parent / "data" / "golden.sqm"
+IMAGES = GOLDEN.with_name("images.sqm")
 HEADER_BYTES, SECTION_BYTES, SECTIONS = 64, 32, 13
 NAMES = (
     "strings symbols code sizes values lists floats operators inputs outputs tensors metadata data".split()
@@ -117,11 +119,18 @@ def sealed(data: bytearray) -> bytes:
     return bytes(data)
 
 
-def outcome(data: bytes) -> str:
+@pytest.fixture(scope="module")
+def whole_images() -> bytes:
+    artifact = BACKEND.lower(images_program())
+    assert isinstance(artifact, NativeArtifact)
+    return artifact.to_bytes()
+
+
+def outcome(data: bytes, inputs: Tensor | None = None) -> str:
     """Open a file and run it; the error's text, or nothing."""
     try:
         session = _native.Session(_native.Model.from_bytes(data), 1, None)
-        session.run([ids(2, 3).numpy()])
+        session.run([(ids(2, 3) if inputs is None else inputs).numpy()])
     except (RuntimeError, ValueError, MemoryError) as error:
         return str(error) or "not enough memory"
     return ""
@@ -162,6 +171,18 @@ def test_a_file_of_version_1_keeps_its_meaning(whole: bytes) -> None:
     expected = np.load(GOLDEN.with_name("golden.npy"))
     (result,) = session.run([ids(3, 4).numpy()])
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-6 * float(np.abs(expected).max()))
+
+
+def test_a_file_of_images_keeps_its_meaning(whole_images: bytes) -> None:
+    """As above, written when convolutions by single weights were new. Codes are exact, and what they stand for is."""
+    model = _native.Model.open(str(IMAGES))
+    steps = {name for name, _ in model.steps}
+    assert steps == {name for name, _ in _native.Model.from_bytes(whole_images).steps}
+    assert {"conv_q8", "conv_q8_block", "conv_q8_sparse", "conv_q8_depthwise", "quantize_image"} <= steps
+    expected = np.load(IMAGES.with_name("images.npy"))
+    for threads in (1, 2):
+        (result,) = _native.Session(model, threads, None).run([images(2, 7, 11).numpy()])
+        np.testing.assert_array_equal(result, expected)
 
 
 def test_a_file_that_is_cut_off_is_refused(whole: bytes) -> None:
@@ -260,6 +281,26 @@ def test_packed_weights_that_lead_outside_are_refused(whole: bytes) -> None:
     assert len(found) == 5
 
 
+def test_packed_convolutions_that_lead_outside_are_refused(whole_images: bytes) -> None:
+    """As above, for blocks and for single weights, whose index, values and start have the same layouts."""
+    values, count = sections(whole_images)["values"]
+    table, _ = sections(whole_images)["tensors"]
+    refused = 0
+    for place in range(values, values + count, 16):
+        _, _, kind, layout, _, source, _ = struct.unpack_from("<BBBBIII", whole_images, place)
+        name = next(name for name, number in _native.LAYOUTS.items() if number == layout)
+        if kind != 1 or name not in ("qblock_index", "qblock_start"):
+            continue
+        first, size = struct.unpack_from("<QQ", whole_images, table + 24 * source)
+        # A chunk of 256 inputs has any index, and is followed by smaller ones.
+        for at in (first, first + size - 8) if name == "qblock_start" else (first + size - 8,):
+            data = bytearray(whole_images)
+            data[at : at + 8] = b"\xff" * 8
+            assert "the weights of a convolution have wrong" in outcome(sealed(data), images(1, 4, 4)), name
+            refused += 1
+    assert refused == 6
+
+
 def _mutations(data: bytes, count: int) -> Iterator[bytes]:
     """Files with a few wrong words in their tables, and right checksums."""
     generator = np.random.default_rng(20)
@@ -290,6 +331,12 @@ def _mutations(data: bytes, count: int) -> Iterator[bytes]:
 def test_mutated_tables_are_survived(whole: bytes) -> None:
     """Opened and run, whatever they say: most are refused, some still mean something."""
     results = [outcome(data) for data in _mutations(whole, 1500)]
+    assert sum(result != "" for result in results) > 500
+
+
+def test_mutated_tables_of_images_are_survived(whole_images: bytes) -> None:
+    assert outcome(whole_images, images(1, 4, 4)) == ""
+    results = [outcome(data, images(1, 4, 4)) for data in _mutations(whole_images, 1500)]
     assert sum(result != "" for result in results) > 500
 
 
