@@ -70,7 +70,8 @@ def test_ranges_of_activations() -> None:
     for item in found:
         assert sum(item.counts) in (4 * 8, 4 * 16, 4 * 4)
         assert item.low <= item.range_low < item.range_high <= item.high
-        assert item.clipped == 0.0  # calibrated on the batch that was checked
+        # Calibrated on the batch that was checked: clipped is what costs less than coarser steps.
+        assert item.clipped < 0.2
 
 
 def test_values_beyond_the_range_are_clipped() -> None:

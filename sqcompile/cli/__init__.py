@@ -1,4 +1,4 @@
-"""The command line: `sqcompile compile | passes | inspect | compare | bench`, one file a command.
+"""The command line: `sqcompile compile`, `recipe`, `report`, `bundle` and others, one file a command.
 
 Exit codes: 0, it worked; 1, the work failed; 2, the command line, a recipe or a pass's options are
 wrong, and nothing was done; 130, interrupted.
