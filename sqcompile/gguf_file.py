@@ -48,8 +48,9 @@ def save_gguf(program: Program, pretrained: Pretrained, path: Path) -> list[Path
     codes = {weight.name: weight for weight in packed}
     tensors = {name: tensor.detach() for name, tensor in plain.tensors() if name in pretrained.state}
     _require_whole(pretrained, tensors)
-    if _HEAD in tensors and _same(pretrained.state.get(_HEAD), pretrained.state.get(_EMBEDDING)):
-        # Tied: the reader takes the embeddings where there is no head.
+    tied = _same(pretrained.state.get(_HEAD), pretrained.state.get(_EMBEDDING))
+    if tied and _HEAD in tensors and _EMBEDDING not in tensors:
+        # The reader takes the embeddings where there is no head.
         tensors[_EMBEDDING] = tensors.pop(_HEAD)
         codes |= {_EMBEDDING: codes.pop(_HEAD)} if _HEAD in codes else {}
     (kind_of_model,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -15,7 +15,7 @@ import sqcompile
 from sqcompile.errors import PretrainedError
 from sqcompile.evaluate import constant_value
 from sqcompile.layers import layers_of
-from sqcompile.passes import MaskWeights, QuantizeWeights, RemoveNeurons, pipelines
+from sqcompile.passes import MaskWeights, QuantizeWeights, RemoveNeurons, RotateWeights, pipelines
 from sqcompile.quantization import Format
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -100,6 +100,17 @@ def test_tied_codes(tmp_path: Path) -> None:
     compiled("qwen2", quantized("int8:channel=0")).save(tmp_path / "model.gguf")
     found = read(tmp_path / "model.gguf")
     assert "output.weight" not in found and found["token_embd.weight"][0] == "Q8_0"
+
+
+def test_a_tied_weight_that_a_pass_has_parted(tmp_path: Path) -> None:
+    result = compiled("qwen2", [*pipelines.canonical(), RotateWeights()])
+    result.save(tmp_path / "model.gguf")
+    found = read(tmp_path / "model.gguf")
+    for stored, name in (
+        ("output.weight", "lm_head.weight"),
+        ("token_embd.weight", "model.embed_tokens.weight"),
+    ):
+        assert torch.equal(found[stored][1], result.program.tensor(name).detach())
 
 
 def test_float_and_tied_weights(tmp_path: Path) -> None:
