@@ -123,8 +123,10 @@ def save_pretrained(
     if program.level is not Level.ATEN:
         plain, packed = unpacked(program, pretrained.state)
         _require_reader()
-    before = _shapes(original, pretrained)
-    blocks = _Blocks(before, _shapes(plain, pretrained))
+    before, after = _shapes(original, pretrained), _shapes(plain, pretrained)
+    # A weight that was tied may have a tensor of its own now.
+    before |= {name: tuple(pretrained.state[name].shape) for name in after if name not in before}
+    blocks = _Blocks(before, after)
     _require_one_width(before, blocks)
     wanted = {blocks.names.get(name, name): shape for name, shape in blocks.after.items()}
     config = _fitting_config(pretrained, original, before, blocks, wanted)
@@ -286,6 +288,8 @@ def _fitting_config(
     nearest: list[str] | None = None
     for changes in _candidates(pretrained.config, original, before, blocks):
         config = copy.deepcopy(pretrained.config)
+        if len({_identity(pretrained.state[name]) for name in blocks.after}) < len(blocks.after):
+            config.tie_word_embeddings = False
         for name, value in changes.items():
             setattr(config, name, value)
         misfits = _misfits(pretrained.kind, config, wanted)
@@ -386,7 +390,10 @@ def _filled(pretrained: Pretrained, config: Any, program: Program, blocks: _Bloc
     """Return a model of the class with the program's tensors."""
     # Tied tensors have one name in the program, and several in the class.
     owners = {_identity(pretrained.state[name]): name for name in blocks.after}
-    sources = {name: owners.get(_identity(tensor)) for name, tensor in pretrained.state.items()}
+    sources = {
+        name: name if name in blocks.after else owners.get(_identity(tensor))
+        for name, tensor in pretrained.state.items()
+    }
     state = {
         blocks.names.get(name, name): program.tensor(source).detach()
         for name, source in sources.items()

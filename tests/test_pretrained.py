@@ -22,6 +22,8 @@ from sqcompile.passes import (
     RemoveHeads,
     RemoveLayers,
     RemoveNeurons,
+    RotateWeights,
+    pipelines,
 )
 
 HALF = [RemoveLayers(ratio=0.5, importance="last"), RemoveHeads(ratio=0.5), RemoveNeurons(ratio=0.25)]
@@ -87,6 +89,19 @@ def test_the_class_makes_the_smaller_model(
     assert found == numbers
     assert distance(outputs(result.program, inputs), outputs(loaded, inputs)) < TOLERANCE
     assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_rotated_model_is_one_of_its_class(name: str, tmp_path: Path) -> None:
+    """The head of qwen2 is tied to its embedding, and is not any more once the norm before it is folded."""
+    inputs = ZOO[name].inputs()
+    result = compiled(ZOO[name].make(), [*pipelines.canonical(), RotateWeights()], inputs)
+    assert result.report.passes[-1].facts == {"residual": 1, "values": 2}
+    result.save_pretrained(tmp_path / "rotated")
+    loaded = read(name, tmp_path / "rotated")
+    assert loaded.config.tie_word_embeddings is False
+    assert distance(outputs(result.program, inputs), outputs(loaded, inputs)) < TOLERANCE
+    assert distance(outputs(result.original, inputs), outputs(loaded, inputs)) < 10 * TOLERANCE
 
 
 def test_a_folder_keeps_its_tokenizer_and_compiles_again(tmp_path: Path) -> None:
