@@ -64,10 +64,12 @@ class OnnxSession(Session):
         """Run on flat, checked inputs and return flat outputs.
 
         Raises:
+            InputError: If a model with a cache cannot take the inputs.
             BackendError: If the runtime fails.
         """
+        feeds = self._feeds(inputs)
         try:
-            results = iter(self.inner.run(self._outputs, self._feeds(inputs)))
+            results = iter(self.inner.run(self._outputs, feeds))
         except Exception as error:
             raise BackendError(
                 "ONNX Runtime failed while running the model.",
