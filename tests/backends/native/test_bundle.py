@@ -111,7 +111,7 @@ def test_the_example_tells_a_wrong_output(native_build: Build, model: Path, tmp_
     assert "none.sqm: cannot open" in shell("./example none.sqm 2>&1 || true", folder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is Arm")
 def test_a_bundle_for_arm(native_build: Build, model: Path, tmp_path: Path) -> None:
     emulator, compiler = tool("qemu-aarch64"), tool("aarch64-linux-gnu-gcc")

@@ -60,6 +60,7 @@ def test_a_lesser_cpu_runs_only_what_it_has(native_build: Build, cpu: str, isa: 
     )
 
 
+@pytest.mark.long
 def test_address_and_undefined_behaviour_sanitizers(native_build: Build, tmp_path: Path) -> None:
     if not compiles("-fsanitize=address,undefined", tmp_path):
         pytest.skip("the compiler has no address and undefined behaviour sanitizers")
@@ -77,6 +78,7 @@ def without_randomization() -> list[str]:
     return prefix
 
 
+@pytest.mark.long
 def test_thread_sanitizer(native_build: Build, tmp_path: Path) -> None:
     if not compiles("-fsanitize=thread", tmp_path):
         pytest.skip("the compiler has no thread sanitizer")
@@ -84,6 +86,7 @@ def test_thread_sanitizer(native_build: Build, tmp_path: Path) -> None:
     assert " 0 failures" in run(*without_randomization(), program, "pool", "threads")
 
 
+@pytest.mark.long
 def test_sessions_and_generators_share_a_model_under_the_thread_sanitizer(
     native_build: Build, tmp_path: Path
 ) -> None:
@@ -95,6 +98,7 @@ def test_sessions_and_generators_share_a_model_under_the_thread_sanitizer(
     assert output.startswith("3 users agree in 4 rounds, on 32 tokens and ")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is an Arm CPU: the other tests cover it")
 def test_arm_kernels_on_an_emulated_cpu(native_build: Build) -> None:
     emulator = tool("qemu-aarch64")

@@ -249,6 +249,7 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) -> None:
     """Opened and run, with right checksums, whatever they say: no crash, no byte read outside."""
     folder = native_build("address")
@@ -274,6 +275,7 @@ def test_files_that_libfuzzer_finds(native_build: Build, operators: Path, tmp_pa
     assert kept[-1] > 10  # it has gone beyond the files that it was given
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() == "aarch64", reason="this is Arm")
 def test_arm_runs_the_same_file(native_build: Build, ids: Path, tmp_path: Path) -> None:
     emulator = tool("qemu-aarch64")
