@@ -104,6 +104,8 @@ def build(name: str, root: Path) -> Path:
         if not (folder / "done").exists():
             options = (f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DSQC_PYTHON=OFF", "-DSQC_WERROR=ON", *definitions)
             run(cmake, "-G", "Ninja", "-S", SOURCE, "-B", folder, *options)
-            run(cmake, "--build", folder, "--target", *targets, timeout=3600)  # five builds may share two cores
+            run(
+                cmake, "--build", folder, "--target", *targets, timeout=3600
+            )  # five builds may share two cores
             (folder / "done").touch()
     return folder
