@@ -61,7 +61,8 @@ class Form:
 
 SPARSITY = 0.85
 WORKERS = Path(__file__).parent
-SETTLE_SECONDS, CALLS = 0.04, 5  # of each turn
+# Of each turn. ONNX Runtime's threads spin for some 50 ms after a call.
+SETTLE_SECONDS, CALLS = 0.25, 5
 FORMS = {
     "dense": Form(),
     "85 % 1x4 blocks": Form(pattern="1x4"),
