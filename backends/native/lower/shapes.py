@@ -19,6 +19,7 @@ from sqcompile.backends.native.lower.context import (
     tensor_of,
 )
 from sqcompile.backends.native.plan import Size, Value
+from sqcompile.operators.fills import FILLS, fill_value
 from sqcompile.operators.table import argument
 
 aten = torch.ops.aten
@@ -211,29 +212,10 @@ def _no_iota(node: fx.Node) -> str | None:
     return None
 
 
-@lowers(
-    aten.zeros.default,
-    aten.ones.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.full.default,
-    aten.full_like.default,
-    aten.new_full.default,
-    aten.scalar_tensor.default,
-)
+@lowers(*FILLS)
 def _fill(context: Lowering, node: fx.Node) -> Value:
     """One number, shown everywhere."""
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    number: object
-    if "zeros" in name:
-        number = 0
-    elif "ones" in name:
-        number = 1
-    else:
-        number = argument(node, {"scalar_tensor": 0, "new_full": 2}.get(name, 1))
-    return context.expand(context.value(number, dtype_of(node)), context.shape(node))
+    return context.expand(context.value(fill_value(node), dtype_of(node)), context.shape(node))
 
 
 @lowers(

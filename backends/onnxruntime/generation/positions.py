@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from sqcompile.attention import shape_of
+from sqcompile.operators.fills import FILLS, fill_value
 from sqcompile.operators.table import argument
 from sqcompile.positions import (
     LOW,
@@ -109,8 +110,8 @@ class Positions:
         if item.op == "get_attr":
             stored = self.program.tensor(item)
             return float(stored) if stored.numel() == 1 else None
-        if item.target in _FILLS:
-            filled = _filled(item)
+        if item.target in FILLS:
+            filled = fill_value(item)
             return filled if isinstance(filled, (int, float)) else None
         return None
 
@@ -144,7 +145,7 @@ class Positions:
         return affine({0: step}, first) if isinstance(first, int) and isinstance(step, int) else None
 
     def _fill(self, node: fx.Node) -> Known | None:
-        number = _filled(node)
+        number = fill_value(node)
         return Affine((), int(number)) if isinstance(number, int) else None
 
     def _same(self, node: fx.Node) -> Known | None:
@@ -300,29 +301,6 @@ def _reshaped(known: Known | None, source: fx.Node, node: fx.Node) -> Known | No
     return moved(known, {old: new for new, old in (found or {}).items()})
 
 
-def _filled(node: fx.Node) -> object:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    if "zeros" in name:
-        return 0
-    if "ones" in name:
-        return 1
-    return argument(node, {"scalar_tensor": 0, "new_full": 2}.get(name, 1))
-
-
-_FILLS = (
-    aten.zeros.default,
-    aten.ones.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.full.default,
-    aten.full_like.default,
-    aten.new_full.default,
-    aten.scalar_tensor.default,
-)
-
-
 def _table(
     rules: Sequence[tuple[Rule, Sequence[torch._ops.OpOverload]]],
 ) -> dict[torch._ops.OpOverload, Rule]:
@@ -332,7 +310,7 @@ def _table(
 _RULES = _table(
     [
         (Positions._range, (aten.arange.default, aten.arange.start, aten.arange.start_step)),
-        (Positions._fill, _FILLS),
+        (Positions._fill, FILLS),
         (
             Positions._same,
             (

@@ -26,6 +26,7 @@ from sqcompile.backends.onnxruntime import operators  # noqa: F401  registers to
 from sqcompile.backends.onnxruntime.generation.positions import Positions, one_symbol
 from sqcompile.backends.onnxruntime.selection.values import Mapping, as_dequantize, as_quantize
 from sqcompile.errors import Error
+from sqcompile.operators.fills import FILLS
 from sqcompile.operators.table import argument
 from sqcompile.positions import Affine, Band, Known, Size, match_groups
 from sqcompile.program import Program
@@ -405,7 +406,7 @@ class _Rewrite:
             return None  # arithmetic of sizes, and parts of results
         if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
             return None  # sizes
-        if target in _MARKERS or target in _PLAIN or target in _FILLING:
+        if target in _MARKERS or target in _PLAIN or target in FILLS:
             return None
         if torch.Tag.pointwise in target.tags:
             numbers = [
@@ -555,19 +556,6 @@ _PLAIN = (
     sq.fake_quantize.default,
     sq.mask.default,
     sq.lookup.default,
-)
-
-_FILLING = (
-    aten.zeros.default,
-    aten.ones.default,
-    aten.zeros_like.default,
-    aten.ones_like.default,
-    aten.new_zeros.default,
-    aten.new_ones.default,
-    aten.full.default,
-    aten.full_like.default,
-    aten.new_full.default,
-    aten.scalar_tensor.default,
 )
 
 _VIEWS = (
