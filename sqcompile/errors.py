@@ -232,11 +232,18 @@ class RecipeError(Error):
     exit_code = 2
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to `count` of `candidates` that look most like `name`, best first."""
+def nearest(name: str, candidates: Iterable[str], count: int = 3, cutoff: float = 0.4) -> list[str]:
+    """Return up to `count` of `candidates` that look most like `name`, best first.
+
+    Args:
+        name: What was given.
+        candidates: What there is.
+        count: The most to return.
+        cutoff: How alike they have to be, from 0 (anything) to 1 (the same), as `difflib` has it.
+    """
     pool = list(dict.fromkeys(candidates))
     folded = {candidate.lower(): candidate for candidate in pool}
-    found = difflib.get_close_matches(name.lower(), list(folded), n=count, cutoff=0.4)
+    found = difflib.get_close_matches(name.lower(), list(folded), n=count, cutoff=cutoff)
     return [folded[key] for key in found]
 
 

@@ -185,8 +185,11 @@ def _nearby(path: Path) -> str:
         return f"there is no folder '{path.parent}': check the path"
     siblings = [item.name for item in path.parent.iterdir() if item != path]
     alike = [name for name in siblings if path.suffix and name.endswith(path.suffix)]
-    if alike or nearest(path.name, siblings):
-        return did_you_mean(path.name, alike or siblings)
+    # A file of another kind has to have nearly the same name, or the same but for the suffix.
+    alike = alike or nearest(path.name, siblings, cutoff=0.7)
+    alike = alike or [name for name in siblings if Path(name).stem == path.stem]
+    if alike:
+        return did_you_mean(path.name, alike)
     return f"check the path: no {path.suffix or 'such'} file is in '{path.parent.resolve()}'"
 
 

@@ -321,7 +321,9 @@ class TestRequire:
         # Files of another kind are no help, unless the name is nearly theirs.
         assert "no .pt2 file is in" in str(refused(lambda: require_file(tmp_path / "resnet_20.pt2")))
         assert "did you mean 'notes.txt'?" in str(refused(lambda: require_file(tmp_path / "notes.tx")))
-        refused(lambda: require_file(tmp_path / "model.onnx"))
+        assert "did you mean 'notes.txt'?" in str(refused(lambda: require_file(tmp_path / "notes.onnx")))
+        (tmp_path / "CHANGELOG.md").touch()
+        assert "no .sqm file is in" in str(refused(lambda: require_file(tmp_path / "none.sqm")))
 
 
 def test_sync_of_files_and_folders(tmp_path: Path) -> None:
