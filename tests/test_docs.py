@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -60,10 +61,18 @@ def test_recipes_parse(page: Path) -> None:
         Recipe.parse(text, file=f"{name_of(page)}, block at {line}")
 
 
+def commands(group: Any) -> Iterator[Any]:
+    """The commands of the command line, those of groups such as `sqcompile recipe` included."""
+    for command in group.commands.values():
+        yield command
+        if hasattr(command, "commands"):
+            yield from commands(command)
+
+
 def command_lines() -> list[str]:
     """The command lines of the pages, and of the help texts."""
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
-    texts += [command.help or "" for command in get_command(app).commands.values()]  # type: ignore[attr-defined]
+    texts += [command.help or "" for command in commands(get_command(app))]
     found = [line.strip() for text in texts for line in re.findall(r"^ +(sqcompile .*)$", text, flags=re.M)]
     return [line for line in dict.fromkeys(found) if "…" not in line]
 
@@ -72,6 +81,9 @@ def command_lines() -> list[str]:
 def test_command_lines_are_valid(line: str) -> None:
     _, name, *arguments = shlex.split(line, comments=True)
     command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    if hasattr(command, "commands"):  # a group takes any arguments, and parses none of them
+        name, *arguments = arguments
+        command = command.commands[name]
     context = command.make_context(name, list(arguments))  # an unknown option raises
     for text in context.params.get("passes") or ():
         if "replace-silu" not in text:  # the reader's own
