@@ -33,7 +33,7 @@ void check(const ConvolutionShape& s, double density, std::int64_t chunk, bool f
   const GuardedCopy<std::uint8_t> indices(index);
   const GuardedCopy<std::int8_t> blocks(values);
   const GuardedCopy<std::uint64_t> starts(start);
-  c.check(qconvblock_kernels(), qconvblock_scratch_bytes(c.params), [&](ThreadPool& pool, const auto& kernel, std::uint8_t* scratch) {
+  c.check(qconvblock_kernels(), qconv_parts_scratch_bytes(c.params), [&](ThreadPool& pool, const auto& kernel, std::uint8_t* scratch) {
     return qconvblock(pool, kernel, {c.params, chunk, indices.data(), blocks.data(), starts.data()}, scratch);
   });
 }

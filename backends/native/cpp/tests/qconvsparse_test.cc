@@ -36,7 +36,7 @@ void check(const ConvolutionShape& s, double density, std::int64_t chunk, bool f
   const GuardedCopy<std::uint8_t> indices(index);
   const GuardedCopy<std::int8_t> weights(values);
   const GuardedCopy<std::uint64_t> starts(start);
-  c.check(qconvsparse_kernels(), qconvsparse_scratch_bytes(c.params), [&](ThreadPool& pool, const auto& kernel, std::uint8_t* scratch) {
+  c.check(qconvsparse_kernels(), qconv_parts_scratch_bytes(c.params), [&](ThreadPool& pool, const auto& kernel, std::uint8_t* scratch) {
     return qconvsparse(pool, kernel, {c.params, chunk, indices.data(), weights.data(), starts.data()}, scratch);
   });
 }

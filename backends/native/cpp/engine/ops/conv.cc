@@ -60,7 +60,7 @@ Status wrong_weights(const char* what) noexcept {
 Status check_parts(const PackedWeights& w, std::int64_t outputs, std::int64_t units, std::int64_t indices) noexcept {
   std::int64_t chunk = 0;
   SQC_RETURN_IF_ERROR(w.integer(kChunk, &chunk));
-  if (chunk < 1 || chunk > (indices == 1 ? kQconvblockMaxChunk : kQconvsparseMaxChunk)) return wrong_weights("blocks");
+  if (chunk < 1 || chunk > kQconvPartMaxChunk) return wrong_weights("blocks");
   const std::int64_t chunks = (units + chunk - 1) / chunk, starts = chunks * outputs + 1, count = w.bytes(1) / indices;
   if (!w.is(1, DType::u8, Layout::qblock_index, count * indices) || !w.is(2, DType::i8, Layout::qblock_values, count * 4) ||
       !w.is(3, DType::u64, Layout::qblock_start, starts)) {
@@ -306,15 +306,13 @@ Status prepare_conv_q8(PrepareContext& c) noexcept {
   return Status::ok();
 }
 
-// The same with the weight in three inputs: index, values, start. One more of the ints: units of a chunk.
+// The same with the weight in three inputs: index, values, start; see kernels/qconv/parts.h. One more of the ints: units of a chunk.
 Status prepare_conv_q8_parts(PrepareContext& c) noexcept {
   Window window;
   SQC_RETURN_IF_ERROR(read_window(c, &window));
   SQC_RETURN_IF_ERROR(check_codes(c, window, kPartArrays, false));
-  const QconvParams p = code_params(c, window, kPartArrays);
-  const std::int64_t blocks = qconvblock_scratch_bytes(p), elements = qconvsparse_scratch_bytes(p);
   c.accept_packed();
-  c.need_scratch((blocks > elements ? blocks : elements) * c.threads);
+  c.need_scratch(qconv_parts_scratch_bytes(code_params(c, window, kPartArrays)) * c.threads);
   return Status::ok();
 }
 

@@ -1,6 +1,7 @@
 #include "kernels/qconv/qconv.h"
 
 #include "base/work_shares.h"
+#include "kernels/qconv/parts.h"
 #include "kernels/qgemm/qgemm.h"
 
 namespace sqc {
@@ -56,6 +57,12 @@ const Kernel<QconvFunction>& qconv_kernel(Isa isa) noexcept { return first_kerne
 std::int64_t qconv_scratch_bytes(const QconvParams& p) noexcept {
   const std::int64_t zeros = (p.in_channels + 3) / 4 * 4 * p.window.kernel_w;
   return (zeros + 63) / 64 * 64 + p.window.taps() * kQconvRows * static_cast<std::int64_t>(sizeof(void*));
+}
+
+std::int64_t qconv_parts_scratch_bytes(const QconvParams& p) noexcept {
+  const std::int64_t run = (p.in_channels + 3) / 4 * 4, taps = p.window.taps();
+  return kQconvPartStripPanels * 16 * kQconvPartPixels * 4 + taps * run * kQconvPartPixels + (run + 63) / 64 * 64 +
+         taps * kQconvRows * static_cast<std::int64_t>(sizeof(void*));
 }
 
 Status qconv(ThreadPool& pool, const Kernel<QconvFunction>& kernel, const QconvParams& p, std::uint8_t* scratch) noexcept {

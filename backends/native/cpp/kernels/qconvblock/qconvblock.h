@@ -5,27 +5,16 @@
 // lies interleaved. For that, 64 output pixels at a time (the last: the rest, rounded up to 16), everything that
 // they see is brought into the order [tap][four channels][pixel][4]: a unit of 64 x 4 bytes for each four inputs.
 //
-// Packed weights: units are cut into chunks, so that a chunk of activations stays in the L1 cache. For each chunk, for
-// each output, the blocks that are not zero: which unit of the chunk (one byte), and the four weights.
+// Packed weights: the parts of parts.h are the blocks that are not zero, with one index each.
 
 #ifndef SQC_KERNELS_QCONVBLOCK_QCONVBLOCK_H_
 #define SQC_KERNELS_QCONVBLOCK_QCONVBLOCK_H_
 
-#include "kernels/qconv/qconv.h"
+#include "kernels/qconv/parts.h"
 
 namespace sqc {
 
-constexpr std::int64_t kQconvblockPixels = 64;        // that are interleaved at once
-constexpr std::int64_t kQconvblockStripPanels = 16;   // whose sums are kept: 64 KiB
-constexpr std::int64_t kQconvblockMaxChunk = 256;
-
-struct QconvblockParams {
-  QconvParams dense;  // everything but weights, which are ignored; one group
-  std::int64_t chunk; // units of four inputs, 1 to 256
-  const std::uint8_t* index;
-  const std::int8_t* values;
-  const std::uint64_t* start;  // [chunks][outputs in sixteens], and the number of blocks
-};
+struct QconvblockParams : QconvParts {};  // units of four inputs
 
 // Output pixels [row_begin, row_end) of panels [panel_begin, panel_end) of 16 outputs. `scratch` is this thread's own.
 using QconvblockFunction = void (*)(const QconvblockParams& params, std::int64_t row_begin, std::int64_t row_end,
@@ -39,11 +28,8 @@ using QconvblockFunction = void (*)(const QconvblockParams& params, std::int64_t
 Span<const Kernel<QconvblockFunction>> qconvblock_kernels() noexcept;
 const Kernel<QconvblockFunction>& qconvblock_kernel(Isa isa) noexcept;
 
-// Bytes of scratch that a thread needs.
-std::int64_t qconvblock_scratch_bytes(const QconvParams& dense) noexcept;
-
 // Checks the parameters and runs `kernel` on everything; `scratch` holds pool.threads() times
-// qconvblock_scratch_bytes. The result does not depend on the kernel or the number of threads, bit for bit, and equals
+// qconv_parts_scratch_bytes. The result does not depend on the kernel or the number of threads, bit for bit, and equals
 // qconv's with the dense weights.
 Status qconvblock(ThreadPool& pool, const Kernel<QconvblockFunction>& kernel, const QconvblockParams& params,
                   std::uint8_t* scratch) noexcept;

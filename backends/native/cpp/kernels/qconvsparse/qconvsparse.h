@@ -5,28 +5,17 @@
 // input at each tap becomes a plane of 64 bytes, and any four planes are interleaved in registers: eight shuffles for
 // the four dot products with 64 pixels, where qconvblock has none and multiplies what is zero in its blocks.
 //
-// Packed weights: planes (taps times inputs in fours) are cut into chunks, so that a chunk stays in the L1 cache. For
-// each chunk, for each output, its weights that are not zero, in fours: which planes of the chunk (a byte each), and
-// the weights. The last four of an output may have weights of zero, of any plane.
+// Packed weights: the parts of parts.h are fours of an output's weights that are not zero, with four indices each, of
+// planes. The last four of an output may have weights of zero, of any plane of the chunk.
 
 #ifndef SQC_KERNELS_QCONVSPARSE_QCONVSPARSE_H_
 #define SQC_KERNELS_QCONVSPARSE_QCONVSPARSE_H_
 
-#include "kernels/qconv/qconv.h"
+#include "kernels/qconv/parts.h"
 
 namespace sqc {
 
-constexpr std::int64_t kQconvsparsePixels = 64;       // of a plane
-constexpr std::int64_t kQconvsparseStripPanels = 16;  // whose sums are kept: 64 KiB
-constexpr std::int64_t kQconvsparseMaxChunk = 256;
-
-struct QconvsparseParams {
-  QconvParams dense;   // everything but weights, which are ignored; one group
-  std::int64_t chunk;  // planes, 1 to 256
-  const std::uint8_t* index;   // [fours][4]
-  const std::int8_t* values;   // [fours][4]
-  const std::uint64_t* start;  // [chunks][outputs in sixteens], and the number of fours
-};
+struct QconvsparseParams : QconvParts {};  // units of one input
 
 // Output pixels [row_begin, row_end) of panels [panel_begin, panel_end) of 16 outputs. `scratch` is this thread's own.
 using QconvsparseFunction = void (*)(const QconvsparseParams& params, std::int64_t row_begin, std::int64_t row_end,
@@ -40,11 +29,8 @@ using QconvsparseFunction = void (*)(const QconvsparseParams& params, std::int64
 Span<const Kernel<QconvsparseFunction>> qconvsparse_kernels() noexcept;
 const Kernel<QconvsparseFunction>& qconvsparse_kernel(Isa isa) noexcept;
 
-// Bytes of scratch that a thread needs.
-std::int64_t qconvsparse_scratch_bytes(const QconvParams& dense) noexcept;
-
 // Checks the parameters and runs `kernel` on everything; `scratch` holds pool.threads() times
-// qconvsparse_scratch_bytes. The result does not depend on the kernel or the number of threads, bit for bit, and
+// qconv_parts_scratch_bytes. The result does not depend on the kernel or the number of threads, bit for bit, and
 // equals qconv's with the dense weights.
 Status qconvsparse(ThreadPool& pool, const Kernel<QconvsparseFunction>& kernel, const QconvsparseParams& params,
                    std::uint8_t* scratch) noexcept;
