@@ -1,5 +1,5 @@
 // A convolution with random data, and what qconv's scalar kernel makes of it: for families that compute the same from
-// other forms of the weights.
+// other forms of the weights. And the cases that each of them is tested with.
 
 #ifndef SQC_TESTS_CONVOLUTION_CASE_H_
 #define SQC_TESTS_CONVOLUTION_CASE_H_
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/qconv/qconv.h"
+#include "kernels/qconv/parts.h"
 #include "kernels/qgemm/qgemm.h"
 #include "tests/test.h"
 
@@ -63,14 +63,14 @@ class ConvolutionCase {
     params.y.sum_low = -128.0f;
     params.y.sum_high = 127.0f;
     if (adds) params.y.other = other_.data(), params.y.other_stride = outputs;
-    (floats ? params.y.values = expected_values_.data() : nullptr);
+    params.y.values = floats ? expected_values_.data() : nullptr;
     params.y.codes = floats ? nullptr : expected_.data();
     std::unique_ptr<sqc::ThreadPool> one;
     SQC_CHECK(sqc::ThreadPool::create(1, &one).is_ok());
     const Array<std::uint8_t> scratch(sqc::qconv_scratch_bytes(params));
     SQC_CHECK(sqc::qconv(*one, sqc::qconv_kernel(sqc::Isa::scalar), params, scratch.data()).is_ok());
     params.weights = nullptr;
-    (floats ? params.y.values = seen_values_.data() : nullptr);
+    params.y.values = floats ? seen_values_.data() : nullptr;
     params.y.codes = floats ? nullptr : seen_.data();
   }
 
@@ -142,6 +142,61 @@ struct GuardedCopy : Array<T> {
     for (std::size_t i = 0; i < from.size(); ++i) (*this)[static_cast<std::int64_t>(i)] = from[i];
   }
 };
+
+// check(shape, density, chunk, floats, adds, random) is a family's: it packs the weights and compares.
+template <class Check>
+void check_windows(Check check) {
+  Random random(61);
+  for (const std::int64_t kernel : {1, 3}) {
+    for (const std::int64_t stride : {1, 2}) {
+      for (const std::int64_t pad : {0, 1, 2}) {
+        for (const std::int64_t dilation : {1, 2}) {
+          for (const std::int64_t spread : {1, 2}) {
+            check({2, 6, 7, 9, 20, kernel, stride, pad, dilation, spread}, 0.3, 7, stride == 2, pad == 1 && stride == 1, random);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Check>
+void check_densities_and_sizes(Check check) {
+  Random random(62);
+  for (const double density : {0.0, 0.02, 0.15, 0.5, 1.0}) {
+    for (const std::int64_t in : {3, 4, 64, 70}) {
+      for (const std::int64_t out : {1, 16, 300}) {
+        check({1, 9, 9, in, out, 1, 1, 0, 1, 1}, density, 256, false, out == 16, random);
+        check({1, 5, 5, in, out, 3, 1, 1, 1, 1}, density, 96, false, false, random);
+      }
+    }
+  }
+  check({1, 1, 1, 8, 40, 1, 1, 0, 1, 1}, 0.5, 256, false, true, random);
+  check({0, 1, 1, 8, 40, 1, 1, 0, 1, 1}, 0.5, 256, false, true, random);
+}
+
+template <class Kernel, class Params>
+void check_refusals(sqc::Status (*run)(sqc::ThreadPool&, const Kernel&, const Params&, std::uint8_t*) noexcept,
+                    const Kernel& kernel) {
+  std::unique_ptr<sqc::ThreadPool> pool;
+  SQC_CHECK(sqc::ThreadPool::create(1, &pool).is_ok());
+  const Array<float> y(16);
+  const auto refused = [&](auto change) {
+    Params p = {};
+    p.dense.window = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1};
+    p.dense.groups = 1;
+    p.dense.in_channels = p.dense.x_stride = 4;
+    p.dense.out_channels = p.dense.y.stride = 16;
+    p.dense.y.values = y.data();
+    p.chunk = 1;
+    change(p);
+    return run(*pool, kernel, p, nullptr).code() == sqc::StatusCode::kInvalidArgument;
+  };
+  SQC_CHECK(refused([](Params& p) { p.chunk = 0; }));
+  SQC_CHECK(refused([](Params& p) { p.chunk = 257; }));
+  SQC_CHECK(refused([](Params& p) { p.dense.groups = 2; }));
+  SQC_CHECK(refused([](Params& p) { p.dense.window.batch = -1; }));
+}
 
 }  // namespace sqc_tests
 

@@ -40,52 +40,8 @@ void check(const ConvolutionShape& s, double density, std::int64_t chunk, bool f
 
 }  // namespace
 
-SQC_TEST(qconvblock_windows) {
-  Random random(61);
-  for (const std::int64_t kernel : {1, 3}) {
-    for (const std::int64_t stride : {1, 2}) {
-      for (const std::int64_t pad : {0, 1, 2}) {
-        for (const std::int64_t dilation : {1, 2}) {
-          for (const std::int64_t spread : {1, 2}) {
-            check({2, 6, 7, 9, 20, kernel, stride, pad, dilation, spread}, 0.3, 7, stride == 2, pad == 1 && stride == 1, random);
-          }
-        }
-      }
-    }
-  }
-}
+SQC_TEST(qconvblock_windows) { sqc_tests::check_windows(check); }
 
-SQC_TEST(qconvblock_densities_and_sizes) {
-  Random random(62);
-  for (const double density : {0.0, 0.02, 0.15, 0.5, 1.0}) {
-    for (const std::int64_t in : {3, 4, 64, 70}) {
-      for (const std::int64_t out : {1, 16, 300}) {
-        check({1, 9, 9, in, out, 1, 1, 0, 1, 1}, density, 256, false, out == 16, random);
-        check({1, 5, 5, in, out, 3, 1, 1, 1, 1}, density, 96, false, false, random);
-      }
-    }
-  }
-  check({1, 1, 1, 8, 40, 1, 1, 0, 1, 1}, 0.5, 256, false, true, random);
-  check({0, 1, 1, 8, 40, 1, 1, 0, 1, 1}, 0.5, 256, false, true, random);
-}
+SQC_TEST(qconvblock_densities_and_sizes) { sqc_tests::check_densities_and_sizes(check); }
 
-SQC_TEST(qconvblock_refuses) {
-  std::unique_ptr<ThreadPool> pool;
-  SQC_CHECK(ThreadPool::create(1, &pool).is_ok());
-  const Array<float> y(16);
-  const auto refused = [&](auto change) {
-    QconvblockParams p = {};
-    p.dense.window = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1};
-    p.dense.groups = 1;
-    p.dense.in_channels = p.dense.x_stride = 4;
-    p.dense.out_channels = p.dense.y.stride = 16;
-    p.dense.y.values = y.data();
-    p.chunk = 1;
-    change(p);
-    return qconvblock(*pool, qconvblock_kernel(Isa::scalar), p, nullptr).code() == StatusCode::kInvalidArgument;
-  };
-  SQC_CHECK(refused([](QconvblockParams& p) { p.chunk = 0; }));
-  SQC_CHECK(refused([](QconvblockParams& p) { p.chunk = 257; }));
-  SQC_CHECK(refused([](QconvblockParams& p) { p.dense.groups = 2; }));
-  SQC_CHECK(refused([](QconvblockParams& p) { p.dense.window.batch = -1; }));
-}
+SQC_TEST(qconvblock_refuses) { sqc_tests::check_refusals(qconvblock, qconvblock_kernel(Isa::scalar)); }
