@@ -18,12 +18,10 @@ from sqcompile.backends.native.lower.images import padded_channels
 BLOCK_CHUNK, ELEMENT_CHUNK = 96, 256
 
 # What is kept is read once for each product; each pixel's inputs are brought in order once for all outputs, and each
-# sum is put back in order once for all inputs. Inputs are brought in order sixteen fours at a time; what is left of
-# them at a place of the kernel takes as long as many more.
-_PER_BLOCK, _PER_BLOCK_INPUT = 1.35, 5.0
-_PER_FOUR, _PER_ELEMENT_INPUT = 2.5, 8.0
-_AT_A_TIME, _PER_REST = 16, 300.0
-_PER_OUTPUT, _FIXED = 7.0, 0.07
+# sum becomes a code once for all inputs.
+_PER_BLOCK, _PER_BLOCK_INPUT, _BLOCK_FIXED = 1.22, 2.8, 0.13
+_PER_FOUR, _PER_ELEMENT_INPUT, _ELEMENT_FIXED = 1.86, 3.4, 0.18
+_PER_OUTPUT = 2.0
 
 # From when on zeros are skipped, and where it is worth saying that they are not.
 _SKIPPED_BELOW, _WORTH_A_REMARK = 0.85, 0.4
@@ -54,12 +52,11 @@ class WeightForm:
     remark: str = ""
 
 
-def choose_form(matrix: NDArray[np.int8], places: int = 1) -> WeightForm:
+def choose_form(matrix: NDArray[np.int8]) -> WeightForm:
     """Return the form that takes the least time.
 
     Args:
         matrix: Codes less zero points [outputs, K], where K counts places of the kernel times inputs in fours.
-        places: Places of the kernel.
     """
     dense = WeightForm("int8", "conv_q8", 1.0, matrix.size)
     if not matrix.size:
@@ -68,8 +65,8 @@ def choose_form(matrix: NDArray[np.int8], places: int = 1) -> WeightForm:
     units = inputs // 4
     blocks = matrix.reshape(outputs, units, 4).any(axis=2)
     times = {
-        "blocks": block_time(np.count_nonzero(blocks) / blocks.size, outputs, units, places),
-        "elements": element_time(int(_fours(matrix).sum()) / blocks.size, outputs, units, places),
+        "blocks": block_time(np.count_nonzero(blocks) / blocks.size, outputs, units),
+        "elements": element_time(int(_fours(matrix).sum()) / blocks.size, outputs, units),
     }
     best = min(times, key=times.__getitem__)
     zeros = 1 - np.count_nonzero(matrix) / matrix.size
@@ -90,35 +87,30 @@ def choose_form(matrix: NDArray[np.int8], places: int = 1) -> WeightForm:
     return WeightForm(name, operator, times[best], sum(array.nbytes for array in parts), parts, chunk)
 
 
-def block_time(density: float, outputs: int, units: int, places: int = 1) -> float:
+def block_time(density: float, outputs: int, units: int) -> float:
     """Return the time of a convolution in blocks of four inputs.
 
     Args:
         density: The part of the blocks that is kept.
         outputs: Output channels.
         units: Fours of inputs, over all places of the kernel.
-        places: Places of the kernel.
     """
-    return _PER_BLOCK * density + _overhead(_PER_BLOCK_INPUT, outputs, units, places)
+    return _PER_BLOCK * density + _overhead(_PER_BLOCK_INPUT, outputs, units) + _BLOCK_FIXED
 
 
-def element_time(fours: float, outputs: int, units: int, places: int = 1) -> float:
+def element_time(fours: float, outputs: int, units: int) -> float:
     """Return the time of a convolution by single weights that are not zero.
 
     Args:
         fours: Fours of such weights, as a part of all fours of weights.
         outputs: Output channels.
         units: Fours of inputs, over all places of the kernel.
-        places: Places of the kernel.
     """
-    return _PER_FOUR * fours + _overhead(_PER_ELEMENT_INPUT, outputs, units, places)
+    return _PER_FOUR * fours + _overhead(_PER_ELEMENT_INPUT, outputs, units) + _ELEMENT_FIXED
 
 
-def _overhead(per_input: float, outputs: int, units: int, places: int) -> float:
-    each = max(units // places, 1)
-    rest = each % _AT_A_TIME
-    order = (per_input * (each - rest) + (_PER_REST if rest else 0.0)) / each
-    return order / max(outputs, 1) + _PER_OUTPUT / max(units, 1) + _FIXED
+def _overhead(per_input: float, outputs: int, units: int) -> float:
+    return per_input / max(outputs, 1) + _PER_OUTPUT / max(units, 1)
 
 
 def pack_blocks(matrix: NDArray[np.int8]) -> Parts:

@@ -300,7 +300,7 @@ class IntegerLayer:
         """Return how the weight is stored: dense, but for one group whose zeros pay."""
         if self.matrices.shape[0] != 1:
             return WeightForm("int8", self._operator, 1.0, self.matrices.size)
-        return choose_form(_in_four_columns(self.matrices[0]), self.matrices.shape[2])
+        return choose_form(_in_four_columns(self.matrices[0]))
 
     def _weight(self, context: Lowering) -> Value:
         if self.is_depthwise:

@@ -84,9 +84,8 @@ def test_times_grow_with_what_is_kept_and_with_few_channels() -> None:
         assert time(0.1, 256, 576) < time(0.1, 32, 576) and time(0.1, 256, 576) < time(0.1, 256, 16)
 
 
-def test_few_inputs_at_each_place_take_longer_than_the_products_save() -> None:
-    """What is brought in order sixteen fours at a time pays; a 3x3 layer of 16 or 32 channels has fewer."""
-    assert block_time(0.15, 64, 144, places=9) < 0.6
-    assert block_time(0.15, 32, 72, places=9) > 1.3 and block_time(0.15, 16, 36, places=9) > 4
-    assert choose_form(_matrix(32, 288, 0.15, block=4), 9).operator == "conv_q8"
-    assert choose_form(_matrix(64, 576, 0.15, block=4), 9).operator == "conv_q8_block"
+def test_layers_of_few_channels_skip_zeros_too() -> None:
+    """A 3x3 layer of 32 channels takes half the dense time at 85 %, by `benchmarks/sparse_convolutions.py`."""
+    assert block_time(0.15, 32, 72) < 0.6
+    assert choose_form(_matrix(32, 288, 0.15, block=4)).operator == "conv_q8_block"
+    assert choose_form(_matrix(32, 4, 0.15, block=4)).operator == "conv_q8"

@@ -34,6 +34,7 @@ class ConvolutionCase {
         bias_(outputs),
         scale_(outputs),
         offset_(outputs),
+        table_(256),
         expected_values_(floats ? s.batch * side(s.height) * side(s.width) * s.out : 0),
         seen_values_(expected_values_.size()),
         expected_(floats ? 0 : other_.size()),
@@ -62,6 +63,7 @@ class ConvolutionCase {
     params.y.other_zero = 100;
     params.y.sum_low = -128.0f;
     params.y.sum_high = 127.0f;
+    if (!floats && random.chance(0.5)) params.y.table = table_.data();
     if (adds) params.y.other = other_.data(), params.y.other_stride = outputs;
     params.y.values = floats ? expected_values_.data() : nullptr;
     params.y.codes = floats ? nullptr : expected_.data();
@@ -123,6 +125,7 @@ class ConvolutionCase {
     for (std::int32_t& v : bias_) v = static_cast<std::int32_t>(random.integer(-1000, 1000));
     for (float& v : scale_) v = random.real(0.0001f, 0.002f);
     for (float& v : offset_) v = random.real(-1.0f, 1.0f);
+    for (std::uint8_t& v : table_) v = static_cast<std::uint8_t>(random.integer(0, 255));
   }
 
   ConvolutionShape shape_;
@@ -131,6 +134,7 @@ class ConvolutionCase {
   Array<std::int8_t> packed_;
   Array<std::int32_t> sum_, bias_;
   Array<float> scale_, offset_;
+  Array<std::uint8_t> table_;  // in half of the cases
   Array<float> expected_values_, seen_values_;
   Array<std::uint8_t> expected_, seen_;
 };
@@ -194,6 +198,7 @@ void check_refusals(sqc::Status (*run)(sqc::ThreadPool&, const Kernel&, const Pa
   };
   SQC_CHECK(refused([](Params& p) { p.chunk = 0; }));
   SQC_CHECK(refused([](Params& p) { p.chunk = 257; }));
+  SQC_CHECK(refused([](Params& p) { p.dense.in_channels = 0; }));
   SQC_CHECK(refused([](Params& p) { p.dense.groups = 2; }));
   SQC_CHECK(refused([](Params& p) { p.dense.window.batch = -1; }));
 }

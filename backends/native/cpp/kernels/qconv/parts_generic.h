@@ -14,41 +14,53 @@
 namespace sqc {
 namespace {
 
-// Adds the products of one output's parts of a chunk to its sums, Vectors x 16 pixels.
+// Sums of one output for Vectors x 16 pixels over its parts of a chunk, and those over the chunks before, if there are.
 template <class S, class Family, int Vectors>
 static SQC_INLINE void add_parts(const std::uint8_t* index, std::int64_t count, const std::int8_t* values,
-                                 const std::uint8_t* units, std::int32_t* sums) {
+                                 const std::uint8_t* units, const std::int32_t* before, typename S::I32* sums) {
   typename S::Acc acc[Vectors];
   SQC_UNROLL for (int v = 0; v < Vectors; ++v) acc[v] = S::zero();
   for (std::int64_t i = 0; i < count; ++i) {
     Family::template add<Vectors>(index + i * Family::kIndices, values + i * 4, units, acc);
   }
   SQC_UNROLL for (int v = 0; v < Vectors; ++v) {
-    S::store_i(sums + v * 16, S::add_i(S::load_i(sums + v * 16), S::reduce(acc[v])));
+    sums[v] = S::reduce(acc[v]);
+    if (before != nullptr) sums[v] = S::add_i(sums[v], S::load_i(before + v * 16));
   }
 }
 
-// Panels [begin, end) for a tile of Vectors x 16 pixels, of which `rows` are there.
+// Panels [begin, end) for a tile of Vectors x 16 pixels, of which `rows` are there. Sums wait in memory for the next
+// chunk only; those of the last one become codes while they are in registers.
 template <class S, class Family, int Vectors>
 static void multiply_tile(const QconvParts& s, const Requantizer<S>& requantizer, std::int64_t begin, std::int64_t end,
                           std::int64_t count, std::int64_t m, std::int64_t rows, const std::uint8_t* units,
                           std::int32_t* sums) {
   constexpr std::int64_t kPixels = Vectors * 16;
+  const QconvOutput& y = s.dense.y;
   const std::int64_t outputs = (s.dense.out_channels + 15) / 16 * 16, chunks = (count + s.chunk - 1) / s.chunk;
+  PanelCodes codes, others;
   for (std::int64_t strip = begin; strip < end; strip += kQconvPartStripPanels) {
     const std::int64_t strip_end = strip + kQconvPartStripPanels < end ? strip + kQconvPartStripPanels : end;
-    std::memset(sums, 0, static_cast<std::size_t>((strip_end - strip) * 16 * kPixels) * sizeof *sums);
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const std::uint8_t* here = units + chunk * s.chunk * Family::unit_bytes(Vectors);
       const std::uint64_t* start = s.start + chunk * outputs;
+      const bool finishes = y.codes != nullptr && chunk + 1 == chunks;
       for (std::int64_t n = strip * 16; n < strip_end * 16; ++n) {
         const auto first = static_cast<std::int64_t>(start[n]), parts = static_cast<std::int64_t>(start[n + 1]) - first;
-        if (parts == 0) continue;
+        std::int32_t* own = sums + (n - strip * 16) * kPixels;
+        typename S::I32 total[Vectors];
         add_parts<S, Family, Vectors>(s.index + first * Family::kIndices, parts, s.values + first * 4, here,
-                                      sums + (n - strip * 16) * kPixels);
+                                      chunk == 0 ? nullptr : own, total);
+        if (!finishes) {
+          SQC_UNROLL for (int v = 0; v < Vectors; ++v) S::store_i(own + v * 16, total[v]);
+          continue;
+        }
+        if (y.other != nullptr && n % 16 == 0) take_others<S>(y, n / 16, m, rows, &others);
+        finish_output<S, Vectors>(s.dense, requantizer, n, total, y.other == nullptr ? nullptr : &others, &codes);
+        if (n % 16 == 15) give_codes<S>(y, n / 16, m, rows, &codes);
       }
     }
-    finish_strip<S, Vectors>(s.dense, requantizer, strip, strip_end, m, rows, sums);
+    if (y.values != nullptr) finish_values<S, Vectors>(s.dense, requantizer, strip, strip_end, m, rows, sums);
   }
 }
 

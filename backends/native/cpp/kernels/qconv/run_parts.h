@@ -13,6 +13,7 @@ template <class Params, class Function>
 Status run_parts(const char* family, ThreadPool& pool, Function run, const Params& s, std::uint8_t* scratch) noexcept {
   const QconvParams& p = s.dense;
   SQC_RETURN_IF_ERROR(check_qconv(p));
+  if (p.in_channels < 1) return Status::error(StatusCode::kInvalidArgument, "%s: there are no inputs", family);
   if (p.groups != 1) return Status::error(StatusCode::kInvalidArgument, "%s: there is one group", family);
   if (s.chunk < 1 || s.chunk > kQconvPartMaxChunk) {
     return Status::error(StatusCode::kInvalidArgument, "%s: chunk is not 1 to %d", family,

@@ -213,6 +213,30 @@ struct Simd {
     for (int i = 0; i < 16; ++i) rows[i] = load_i(to[i]);
   }
 
+  static SQC_INLINE void load_columns(const std::uint8_t* const* rows, std::int64_t offset, I32* v) {
+    for (int i = 0; i < 4; ++i) {
+      int32x4_t r[4];
+      for (int j = 0; j < 4; ++j) r[j] = vreinterpretq_s32_u8(vld1q_u8(rows[4 * i + j] + offset));
+      const int64x2_t even01 = vreinterpretq_s64_s32(vtrn1q_s32(r[0], r[1])), odd01 = vreinterpretq_s64_s32(vtrn2q_s32(r[0], r[1]));
+      const int64x2_t even23 = vreinterpretq_s64_s32(vtrn1q_s32(r[2], r[3])), odd23 = vreinterpretq_s64_s32(vtrn2q_s32(r[2], r[3]));
+      v[0].v[i] = vreinterpretq_s32_s64(vtrn1q_s64(even01, even23));
+      v[1].v[i] = vreinterpretq_s32_s64(vtrn1q_s64(odd01, odd23));
+      v[2].v[i] = vreinterpretq_s32_s64(vtrn2q_s64(even01, even23));
+      v[3].v[i] = vreinterpretq_s32_s64(vtrn2q_s64(odd01, odd23));
+    }
+  }
+  // Rows i and i + 8 byte by byte, four times over.
+  static SQC_INLINE void transpose_bytes(const std::uint8_t* from, std::int64_t from_step, std::uint8_t* to,
+                                         std::int64_t to_step) {
+    uint8x16_t a[16], b[16];
+    SQC_UNROLL for (int i = 0; i < 16; ++i) a[i] = vld1q_u8(from + i * from_step);
+    SQC_UNROLL for (int pass = 0; pass < 4; ++pass) {
+      SQC_UNROLL for (int i = 0; i < 8; ++i) b[2 * i] = vzip1q_u8(a[i], a[i + 8]), b[2 * i + 1] = vzip2q_u8(a[i], a[i + 8]);
+      SQC_UNROLL for (int i = 0; i < 16; ++i) a[i] = b[i];
+    }
+    SQC_UNROLL for (int i = 0; i < 16; ++i) vst1q_u8(to + i * to_step, a[i]);
+  }
+
   using AccT = I32;
   using ActS = Act;
   using TileT = Tile;

@@ -242,6 +242,18 @@ struct Simd {
     }
   }
 
+  static SQC_INLINE void load_columns(const std::uint8_t* const* rows, std::int64_t offset, I32* v) {
+    for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 16; ++i) std::memcpy(&v[j].v[i], rows[i] + offset + 4 * j, 4);
+    }
+  }
+  static SQC_INLINE void transpose_bytes(const std::uint8_t* from, std::int64_t from_step, std::uint8_t* to,
+                                         std::int64_t to_step) {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) to[j * to_step + i] = from[i * from_step + j];
+    }
+  }
+
   using AccT = I32;
   using ActS = Act;
   using TileT = Tile;

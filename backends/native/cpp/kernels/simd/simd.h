@@ -34,6 +34,11 @@
 //   join_planes<Vectors>(planes, tiles): the first Vectors x 16 pixels of any four planes as row tiles: their bytes
 //     are a pixel's four k.
 //
+// Rows of bytes become columns, 16 at a time:
+//
+//   load_columns(rows, offset, v): of 16 rows the 16 bytes at `offset`: v[j] has bytes 4 j and on of each row.
+//   transpose_bytes(from, from_step, to, to_step): 16 rows of 16 bytes, each a step behind the one before.
+//
 // Where kHasQuads, 64 channels are taken at once, with the bytes of four places together (kernels/qdepthwise).
 //
 // Sparse tiles are a mask of 64 bits, bit i for byte i of the tile, and the bytes whose bit is set:

@@ -232,6 +232,35 @@ struct Simd {
     for (int i = 0; i < 16; ++i) rows[i] = load_i(to[i]);
   }
 
+  static SQC_INLINE void load_columns(const std::uint8_t* const* rows, std::int64_t offset, I32* v) {
+    SQC_UNROLL for (int half = 0; half < 2; ++half, rows += 8) {
+      __m256i r[4];
+      SQC_UNROLL for (int i = 0; i < 4; ++i) {
+        r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(rows[i] + offset)), load128(rows[4 + i] + offset), 1);
+      }
+      const __m256i low01 = _mm256_unpacklo_epi32(r[0], r[1]), high01 = _mm256_unpackhi_epi32(r[0], r[1]);
+      const __m256i low23 = _mm256_unpacklo_epi32(r[2], r[3]), high23 = _mm256_unpackhi_epi32(r[2], r[3]);
+      v[0].v[half] = _mm256_unpacklo_epi64(low01, low23);
+      v[1].v[half] = _mm256_unpackhi_epi64(low01, low23);
+      v[2].v[half] = _mm256_unpacklo_epi64(high01, high23);
+      v[3].v[half] = _mm256_unpackhi_epi64(high01, high23);
+    }
+  }
+  // Rows i and i + 8 byte by byte, four times over.
+  static SQC_INLINE void transpose_bytes(const std::uint8_t* from, std::int64_t from_step, std::uint8_t* to,
+                                         std::int64_t to_step) {
+    __m128i a[16], b[16];
+    SQC_UNROLL for (int i = 0; i < 16; ++i) a[i] = load128(from + i * from_step);
+    SQC_UNROLL for (int pass = 0; pass < 4; ++pass) {
+      SQC_UNROLL for (int i = 0; i < 8; ++i) {
+        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+      }
+      SQC_UNROLL for (int i = 0; i < 16; ++i) a[i] = b[i];
+    }
+    SQC_UNROLL for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * to_step), a[i]);
+  }
+
   using AccT = I32;
   struct ActS {
     __m256i value, magnitude;

@@ -161,6 +161,49 @@ struct Simd {
     }
   }
 
+  static SQC_INLINE __m128i load_16(const std::uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  // Sixteen bytes in each quarter.
+  static SQC_INLINE __m512i load_quarters(const std::uint8_t* a, const std::uint8_t* b, const std::uint8_t* c,
+                                          const std::uint8_t* d) {
+    __m512i v = _mm512_castsi128_si512(load_16(a));
+    v = _mm512_inserti32x4(v, load_16(b), 1);
+    v = _mm512_inserti32x4(v, load_16(c), 2);
+    return _mm512_inserti32x4(v, load_16(d), 3);
+  }
+  static SQC_INLINE void load_columns(const std::uint8_t* const* rows, std::int64_t offset, I32* v) {
+    __m512i r[4];
+    SQC_UNROLL for (int i = 0; i < 4; ++i) {
+      r[i] = load_quarters(rows[i] + offset, rows[4 + i] + offset, rows[8 + i] + offset, rows[12 + i] + offset);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi32(r[0], r[1]), high01 = _mm512_unpackhi_epi32(r[0], r[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(r[2], r[3]), high23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    v[0] = _mm512_unpacklo_epi64(low01, low23);
+    v[1] = _mm512_unpackhi_epi64(low01, low23);
+    v[2] = _mm512_unpacklo_epi64(high01, high23);
+    v[3] = _mm512_unpackhi_epi64(high01, high23);
+  }
+  // Four rows together in each quarter, and then the quarters' 32 bits.
+  static SQC_INLINE void transpose_bytes(const std::uint8_t* from, std::int64_t from_step, std::uint8_t* to,
+                                         std::int64_t to_step) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i r[4];
+    SQC_UNROLL for (int i = 0; i < 4; ++i) {
+      const std::uint8_t* row = from + i * from_step;
+      r[i] = load_quarters(row, row + 4 * from_step, row + 8 * from_step, row + 12 * from_step);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(r[0], r[1]), high01 = _mm512_unpackhi_epi8(r[0], r[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(r[2], r[3]), high23 = _mm512_unpackhi_epi8(r[2], r[3]);
+    const __m512i columns[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                                _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+    SQC_UNROLL for (int j = 0; j < 4; ++j, to += 4 * to_step) {
+      const __m512i v = _mm512_permutexvar_epi32(order, columns[j]);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(v));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + to_step), _mm512_extracti32x4_epi32(v, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * to_step), _mm512_extracti32x4_epi32(v, 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 3 * to_step), _mm512_extracti32x4_epi32(v, 3));
+    }
+  }
+
   // Bytes of 64 channels at four places, and sums of their products; see qdepthwise.
   static constexpr bool kHasQuads = true;
   using Bytes = __m512i;
