@@ -7,6 +7,7 @@
 #   make lint          ruff: rules and formatting     make format   applies both
 #   make types         mypy, strict, over the three packages
 #   make docs          write the pages that are made from the code
+#   make site          the documentation as a site, in build/site; every link checked
 #   make wheel-check   build a wheel and import it from a fresh environment
 #   make venv          only the environment, with the package and its C++ part up to date
 #   make clean         remove everything that make made
@@ -24,7 +25,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-long lint format types docs wheel-check clean
+.PHONY: help venv demo test test-long lint format types docs site wheel-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -98,6 +99,17 @@ types: $(PACKAGE)
 
 docs: $(PACKAGE)
 	$(PY) tools/make_docs.py
+
+# Its tools are in a group of their own: nothing else needs them. (Material prints an advertisement
+# for its successor at each build, unless it is told not to.)
+SITE_TOOLS := $(VENV)/.site
+$(SITE_TOOLS): pyproject.toml $(INTERPRETER)
+	$(PY) -m pip install -qq --group docs
+	touch '$@'
+
+site: $(SITE_TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	$(PY) tools/check_site.py build/site
 
 # As a user gets it: an isolated build, then a normal install whose only source is the wheel. Run from
 # another folder, because in this one Python would find ./sqcompile first.

@@ -16,9 +16,9 @@ VIEW = ROOT / "build" / "types"
 MAPPED = ("passes", "backends")  # folders beside sqcompile/ that install inside it
 
 
-def make_view() -> None:
-    """Lay out build/types/sqcompile: the core's entries, and the mapped folders among them."""
-    package = VIEW / "sqcompile"
+def make_view(view: Path) -> None:
+    """Lay out sqcompile in a folder: the core's entries, and the mapped folders among them."""
+    package = view / "sqcompile"
     package.mkdir(parents=True, exist_ok=True)
     for old in package.iterdir():
         old.unlink()
@@ -35,7 +35,7 @@ def real_path(line: str) -> str:
 
 
 def main() -> int:
-    make_view()
+    make_view(VIEW)
     result = subprocess.run(
         [sys.executable, "-m", "mypy", "--package", "sqcompile", *sys.argv[1:]],
         cwd=ROOT,

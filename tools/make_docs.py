@@ -1,15 +1,22 @@
-"""Write the documentation that is made from the code: docs/errors.md and docs/pass_catalog.md.
+"""Write the documentation that is made from the code: docs/command_line.md, errors.md and pass_catalog.md.
 
 python tools/make_docs.py            writes them
 python tools/make_docs.py --check    fails if they are not what the code says
 """
 
+import inspect
+import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
 
 from sqcompile import errors
 from sqcompile.catalog import JOBS, YOURS, Entry, Option, catalog
+from sqcompile.cli.app import app
 from sqcompile.docstrings import Docstring
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -119,7 +126,107 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES: dict[str, Callable[[], str]] = {"errors.md": errors_page, "pass_catalog.md": catalog_page}
+def command_line_page() -> str:
+    commands: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    for group, command in list(commands.items()):
+        for name, part in getattr(command, "commands", {}).items():
+            commands[f"{group} {name}"] = part
+    lines = [
+        MADE,
+        "# The command line",
+        "",
+        "What `sqcompile COMMAND --help` says, on one page.",
+        "",
+        "| command | what it does |",
+        "|---|---|",
+    ]
+    lines += [
+        f"| [`{name}`](#sqcompile-{name.replace(' ', '-')}) | {_cell(_first_line(command))} |"
+        for name, command in commands.items()
+    ]
+    lines += ["", COMMON.strip()]
+    for name, command in commands.items():
+        lines += _command_lines(name, command)
+    return "\n".join(lines) + "\n"
+
+
+COMMON = """
+## What all have in common
+
+- **Answers** go to standard output, as text or, with `--json`, as JSON and nothing else: what is not finite is
+  `null`. An error is `{"error": {"kind": …, "what": …, "where": …, "seen": …, "expected": …, "next_step": …}}` then.
+  The rest goes to standard error: messages, and progress with the time left, where that is a terminal.
+- **Errors** have [four parts](errors.md) and no traceback; `--debug` shows it.
+- **Warnings** of libraries are not shown without `--debug`.
+
+| exit code | meaning |
+|---|---|
+| 0 | it worked |
+| 1 | the work failed, or the answer is no: a backend of `doctor` that does not run |
+| 2 | the command line, a recipe or a pass's options are wrong; nothing was done |
+| 130 | interrupted |
+
+### Tab completion
+
+    sqcompile --install-completion
+
+for the shell that you use (bash, zsh, fish), from its next start on; `sqcompile --show-completion` prints what would be
+installed.
+
+### Environment
+
+| variable | meaning |
+|---|---|
+| `SQCOMPILE_ISA` | instruction set of the native engine: `scalar`, `avx2`, …; one that is not there is an error |
+| `SQCOMPILE_CACHE` | folder of runtimes that were built for other CPUs; else `~/.cache/sqcompile` |
+| `OMP_NUM_THREADS` | threads within an operator, unless `--threads` says it |
+| `COLUMNS` | width of what is printed into files and pipes; 200 |
+"""
+
+
+def _command_lines(name: str, command: Any) -> list[str]:
+    lines = ["", f"## sqcompile {name}", "", _plain(command.help or "")]
+    arguments = [item for item in command.params if item.param_type_name == "argument"]
+    options = [item for item in command.params if item.param_type_name == "option" and not item.hidden]
+    if arguments:
+        lines += ["", "| argument | meaning |", "|---|---|"]
+        lines += [
+            f"| `{item.metavar or item.name}` | {_cell(_plain(item.help or ''))} |" for item in arguments
+        ]
+    if options and not hasattr(command, "commands"):
+        lines += ["", "| option | meaning |", "|---|---|"]
+        lines += [
+            _option_row(item, typing.get_type_hints(inspect.unwrap(command.callback))) for item in options
+        ]
+    return lines
+
+
+def _option_row(option: Any, types: dict[str, Any]) -> str:
+    value = "" if option.is_flag else f" {option.metavar or _value(types[option.name])}"
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    return f"| {names}{value} | {_cell(_plain(option.help or ''))} |"
+
+
+def _value(kind: Any) -> str:
+    """Return what stands for a value of a type."""
+    text = str(kind)
+    return "N" if "int" in text else "X" if "float" in text else "TEXT"
+
+
+def _plain(text: str) -> str:
+    """Return a help text as Markdown: without what it says to the terminal's formatter."""
+    return re.sub(r"\n?\x08\n", "\n", text).strip()
+
+
+def _first_line(command: Any) -> str:
+    return _plain(command.help or "").partition("\n\n")[0].replace("\n", " ")
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "command_line.md": command_line_page,
+    "errors.md": errors_page,
+    "pass_catalog.md": catalog_page,
+}
 
 
 def stale_pages() -> list[str]:
