@@ -21,9 +21,10 @@ from check_types import make_view  # noqa: E402
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "README.md": "readme.md",
     "README.zh-CN.md": "readme.zh-CN.md",
 }
-"""Pages outside docs/ -> what they are in the site. (README.md is docs/index.md there.)"""
+"""Pages outside docs/ -> what they are in the site."""
 
 DECISIONS = "decisions/index.md"
 SOURCES = "source"
@@ -83,8 +84,6 @@ def site_uri(path: str) -> str:
     """Return where a file or folder of the repository is in the site; sources are copied as text."""
     if path in PAGES:
         return PAGES[path]
-    if path == "README.md":
-        return "index.md"
     if path == "docs/decisions":
         return DECISIONS
     if path.startswith("docs/"):
