@@ -20,6 +20,7 @@ from sqcompile.calibration import Calibration, as_call, keep_iterator, reject_em
 from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
 from sqcompile.errors import BackendError, FileError, InputError, RecipeError
+from sqcompile.executor import Executor, check_reachable, open_executor
 from sqcompile.files import require_file
 from sqcompile.gguf_file import save_gguf
 from sqcompile.input_spec import example_call, with_dims
@@ -211,6 +212,7 @@ def compile(
     threads: int | None = None,
     progress: Progress | None = None,
     instruments: Sequence[Instrument] = (),
+    address: str | None = None,
 ) -> Compiled | LazyCompiled:
     """Compile a model: trace it, run passes over it, check every one, and lower it to a backend.
 
@@ -237,6 +239,9 @@ def compile(
         threads: Threads within an operator of the session.
         progress: Where long work reports; silent by default.
         instruments: Called after each pass with the pass and the programs before and after it.
+        address: Of a Ray cluster whose machines share the work on layers that do not depend on each other:
+            `host:port`, `ray://host:port`, `auto`, or `local` to start one here. None: the environment's
+            `SQCOMPILE_RAY_ADDRESS`, if any; else everything is done in this process. Results are the same.
 
     Returns:
         The compiled model.
@@ -257,12 +262,16 @@ def compile(
         "threads": threads,
         "progress": progress,
         "instruments": instruments,
+        "address": address,
     }
     recipe = as_recipe(passes)
-    return _compile(model, recipe, options if recipe is None else recipe.fill(options))
+    with open_executor(address) as executor:
+        return _compile(model, recipe, options if recipe is None else recipe.fill(options), executor)
 
 
-def _compile(model: Model, recipe: Recipe | None, options: dict[str, Any]) -> Compiled | LazyCompiled:
+def _compile(
+    model: Model, recipe: Recipe | None, options: dict[str, Any], executor: Executor
+) -> Compiled | LazyCompiled:
     """Compile with the options of `compile`, which a recipe has been filled into."""
     passes, example_inputs, calibration, dynamic_shapes, backend = (
         options[name] for name in ("passes", "example_inputs", "calibration", "dynamic_shapes", "backend")
@@ -293,6 +302,7 @@ def _compile(model: Model, recipe: Recipe | None, options: dict[str, Any]) -> Co
         if by_parts and len(find_blocks(program)) < 2:
             by_parts, loaded = False, load_model(model)
             program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
+    check_reachable(program, executor)
     original = program.snapshot()
     if isinstance(batches, Batches):
         batches = batches.bind(program.signature)
@@ -313,6 +323,7 @@ def _compile(model: Model, recipe: Recipe | None, options: dict[str, Any]) -> Co
                 verify=verify,
                 progress=progress,
                 instruments=instruments,
+                executor=executor,
             )
             streamed = compress_parts(program, weights_of(model, loaded, program), job)
             program, records = streamed.program, streamed.records
@@ -323,6 +334,7 @@ def _compile(model: Model, recipe: Recipe | None, options: dict[str, Any]) -> Co
                 max_memory=memory,
                 work_dir=None if work_dir is None else Path(work_dir),
                 progress=progress,
+                executor=executor,
             )
             graphs = GraphTexts() if verify != "off" else None
             manager = PassManager(

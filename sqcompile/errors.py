@@ -222,6 +222,16 @@ class MemoryLimitError(Error):
     """
 
 
+class ClusterError(Error):
+    """The cluster that was to do the work is not there, or has lost it.
+
+    - Ray is not installed: `pip install "sqcompile[ray]"`.
+    - Nobody answers at the address: `ray status` on the head node says whether it runs, and with which port.
+    - Versions differ from machine to machine: results would, too.
+    - Leave the address out: everything is done in this process.
+    """
+
+
 class RecipeError(Error):
     """A recipe, a pipeline's text or a command line is wrong; line and nearest valid name are given.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -84,6 +85,26 @@ def save_program(program: Program, path: Path) -> None:
                 next_step="please report it with the program's text: print(program)",
             ) from error
         writer.check()
+
+
+def program_bytes(program: Program) -> bytes:
+    """Return a program as the bytes of its file, to be sent to another process.
+
+    Raises:
+        FileError: If the program holds observers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.pt2"
+        save_program(program, path)
+        return path.read_bytes()
+
+
+def program_of_bytes(stored: bytes) -> Program:
+    """Return the program that `program_bytes` has turned into bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.pt2"
+        path.write_bytes(stored)
+        return load_program(path)
 
 
 def load_program(path: Path) -> Program:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, inverse_factor, refit, sweep
 from sqcompile.second_order.allocation import Allocation
-from sqcompile.second_order.pruning import Share, prune_layers
+from sqcompile.second_order.pruning import Pruned, Share, prune_layers
 from sqcompile.second_order.sweep import chooser
 from sqcompile.sparsity import Pattern
 
@@ -90,7 +92,7 @@ class SparseGPT(Pass):
         sparsity = prune_layers(
             edit,
             context,
-            lambda weight, hessian, sparsity: self._prune(weight, hessian, sparsity, context),
+            self._pruning,
             share=Share(self.sparsity, self.allocation, self.spread),
             pattern=self.pattern,
             layers=self.layers,
@@ -101,23 +103,28 @@ class SparseGPT(Pass):
         )
         return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
-    def _prune(
-        self, weight: PrunableWeight, hessian: Hessian, sparsity: float, context: PassContext
-    ) -> tuple[Tensor, Tensor]:
-        where = f"layer '{weight.layer.name}'"
-        factor, damping = inverse_factor(hessian.matrix, self.damping, where)
-        if damping > self.damping:
-            context.remark(
-                weight.layer.node, f"has a singular Hessian: damping {damping:g} instead of {self.damping:g}"
-            )
-        swept = sweep(
-            weight.dense,
-            factor,
-            choose=chooser(self.pattern, sparsity),
-            kept=weight.kept,
-            step=self.pattern.m or self.step,
-            block=self.block,
+    def _pruning(self, weight: PrunableWeight, sparsity: float) -> Callable[[Hessian], Pruned]:
+        return partial(
+            _prune, self, weight.tensor, weight.kept, sparsity, where=f"layer '{weight.layer.name}'"
         )
-        assert swept.mask is not None
-        value = refit(weight.dense, swept.mask, hessian) if self.refit else swept.weight
-        return value.to(weight.tensor.dtype), swept.mask
+
+
+def _prune(
+    options: SparseGPT, weight: Tensor, kept: Tensor | None, sparsity: float, hessian: Hessian, *, where: str
+) -> Pruned:
+    dense = weight if kept is None else weight * kept
+    factor, damping = inverse_factor(hessian.matrix, options.damping, where)
+    swept = sweep(
+        dense,
+        factor,
+        choose=chooser(options.pattern, sparsity),
+        kept=kept,
+        step=options.pattern.m or options.step,
+        block=options.block,
+    )
+    assert swept.mask is not None
+    value = refit(dense, swept.mask, hessian) if options.refit else swept.weight
+    remark = None
+    if damping > options.damping:
+        remark = f"has a singular Hessian: damping {damping:g} instead of {options.damping:g}"
+    return Pruned(swept.mask, value.to(weight.dtype), remark)

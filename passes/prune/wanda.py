@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from sqcompile.pruning import PrunableWeight
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, refit
 from sqcompile.second_order.allocation import Allocation
-from sqcompile.second_order.pruning import Share, prune_layers
+from sqcompile.second_order.pruning import Pruned, Share, prune_layers
 from sqcompile.sparsity import Pattern
 
 
@@ -76,7 +78,7 @@ class Wanda(Pass):
         sparsity = prune_layers(
             edit,
             context,
-            self._prune,
+            self._pruning,
             share=Share(self.sparsity, self.allocation, self.spread),
             pattern=self.pattern,
             layers=self.layers,
@@ -87,11 +89,16 @@ class Wanda(Pass):
         )
         return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
-    def _prune(self, weight: PrunableWeight, hessian: Hessian, sparsity: float) -> tuple[Tensor, Tensor]:
-        scores = weight.tensor.abs().float() * hessian.diagonal.sqrt()
-        mask = self.pattern.mask_rows(scores, sparsity, weight.kept)
-        if weight.kept is not None:
-            mask = mask & weight.kept
-        if not self.refit:
-            return weight.tensor, mask
-        return refit(weight.dense, mask, hessian).to(weight.tensor.dtype), mask
+    def _pruning(self, weight: PrunableWeight, sparsity: float) -> Callable[[Hessian], Pruned]:
+        return partial(_prune, self, weight.tensor, weight.kept, sparsity)
+
+
+def _prune(options: Wanda, weight: Tensor, kept: Tensor | None, sparsity: float, hessian: Hessian) -> Pruned:
+    scores = weight.abs().float() * hessian.diagonal.sqrt()
+    mask = options.pattern.mask_rows(scores, sparsity, kept)
+    if kept is not None:
+        mask = mask & kept
+    if not options.refit:
+        return Pruned(mask)
+    dense = weight if kept is None else weight * kept
+    return Pruned(mask, refit(dense, mask, hessian).to(weight.dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from sqcompile.layers import Layer
@@ -87,7 +89,7 @@ class AdaRound(Pass):
             edit,
             context,
             Choice(self.weight, self.formats, self.search, self.layers, self.exclude, _obstacle),
-            lambda layer, hessian, format: self._round(program, layer, hessian, format),
+            lambda layer, format: self._rounding(program, layer, format),
             max_bytes=self.max_bytes,
             with_dense=self.dense_targets,
             where=f"pass {self.name}",
@@ -96,12 +98,12 @@ class AdaRound(Pass):
         forget_unused_promises(program)
         return PassResult(edit.changes, facts={"learned": learned})
 
-    def _round(self, program: Program, layer: Layer, hessian: Hessian, format: Format) -> Rounded:
+    def _rounding(self, program: Program, layer: Layer, format: Format) -> Callable[[Hessian], Rounded]:
         promise = promised(program, layer.weight_value, layer.weight)
-        return learn_rounding(
+        return partial(
+            learn_rounding,
             weight_tensor(program, layer),
-            hessian,
-            format,
+            format=format,
             search=self.search,
             steps=self.steps,
             rate=self.rate,

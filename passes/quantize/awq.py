@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 
+from sqcompile.executor import Pending
 from sqcompile.input_scales import InputGroup, input_groups, scale_inputs
 from sqcompile.layers import Layer, layers_of, select_layers
 from sqcompile.levels import Level
@@ -17,7 +19,7 @@ from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.quantization.lookup import encode, lookup
 from sqcompile.quantization.scheme import weight_format
-from sqcompile.quantization.stored import Decoding, fit_decoding
+from sqcompile.quantization.stored import fit_decoding
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian
 from sqcompile.second_order.layers import visit_layers
@@ -74,14 +76,12 @@ class AWQ(Pass):
         selected = select_layers(layers_of(program), self.layers, self.exclude, where=f"pass {self.name}")
         groups = input_groups(program, selected, context.remark)
         last = {group.layers[-1].node: group for group in groups}
-        scales: dict[fx.Node, Tensor] = {}
-        gains = {}
+        found: dict[fx.Node, Pending[tuple[Tensor, float, float]]] = {}
 
         def visit(layer: Layer, hessian: Hessian) -> Tensor:
             group = last.get(layer.node)
             if group is not None:
-                scales[group.data], error, plain = self._scale(program, group, hessian)
-                gains[group.layers[0].name] = error / plain if plain > 0 else 1.0
+                found[group.data] = context.executor.submit(self._search(program, group), hessian)
             return program.tensor(layer.weight).detach()
 
         visit_layers(
@@ -93,27 +93,31 @@ class AWQ(Pass):
             purpose="scaling inputs",
         )
         edit = Rewriter(program, self.name)
+        gains = {}
         for group in groups:
-            if not bool((scales[group.data] == 1).all()):
-                scale_inputs(edit, group, scales[group.data])
+            scale, error, plain = found[group.data].result()
+            gains[group.layers[0].name] = error / plain if plain > 0 else 1.0
+            if not bool((scale == 1).all()):
+                scale_inputs(edit, group, scale)
         # Of each group: the error of its outputs after rounding, as a share of that without scales.
         return PassResult(edit.finish(), facts={"error": gains})
 
-    def _scale(self, program: Program, group: InputGroup, hessian: Hessian) -> tuple[Tensor, float, float]:
+    def _search(
+        self, program: Program, group: InputGroup
+    ) -> Callable[[Hessian], tuple[Tensor, float, float]]:
         weights = [program.tensor(layer.weight).detach().float() for layer in group.layers]
         formats = [
             weight_format(layer, self.weight, tuple(weight.shape))[0]
             for layer, weight in zip(group.layers, weights, strict=True)
         ]
-
-        def rounded(index: int, weight: Tensor) -> Tensor:
-            return _rounded(weight, formats[index], fit_decoding(weight, formats[index], self.search))
-
-        with torch.no_grad():
-            return activation_scale(weights, hessian, rounded, self.steps)
+        return partial(
+            activation_scale, weights, rounded=partial(_rounded, formats, self.search), steps=self.steps
+        )
 
 
-def _rounded(weight: Tensor, format: Format, decoding: Decoding) -> Tensor:
+def _rounded(formats: Sequence[Format], search: Search, index: int, weight: Tensor) -> Tensor:
+    format = formats[index]
+    decoding = fit_decoding(weight, format, search)
     axis, group_size = format.granularity.pair
     if decoding.table is None:
         return affine.fake_quantize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 from sqcompile.layers import Layer
@@ -98,23 +100,22 @@ class GPTQ(Pass):
             edit,
             context,
             Choice(self.weight, self.formats, self.search, self.layers, self.exclude, grid_obstacle),
-            lambda layer, hessian, format: self._round(program, layer, format, hessian, context),
+            lambda layer, format: self._rounding(program, layer, format),
             max_bytes=self.max_bytes,
             with_dense=self.dense_targets,
             where=f"pass {self.name}",
+            tell=lambda layer, rounded: self._tell(layer, rounded, context),
         )
         edit.finish()
         forget_unused_promises(program)
         return PassResult(edit.changes, facts={"swept": swept})
 
-    def _round(
-        self, program: Program, layer: Layer, format: Format, hessian: Hessian, context: PassContext
-    ) -> Rounded:
+    def _rounding(self, program: Program, layer: Layer, format: Format) -> Callable[[Hessian], Rounded]:
         promise = promised(program, layer.weight_value, layer.weight)
-        rounded = round_weight(
+        return partial(
+            round_weight,
             weight_tensor(program, layer),
-            hessian,
-            format,
+            format=format,
             search=self.search,
             act_order=self.act_order,
             damping=self.damping,
@@ -123,8 +124,9 @@ class GPTQ(Pass):
             kept=None if promise is None else promise.mask,
             where=f"layer '{layer.name}'",
         )
+
+    def _tell(self, layer: Layer, rounded: Rounded, context: PassContext) -> None:
         if rounded.damping > self.damping:
             context.remark(
                 layer.node, f"has a singular Hessian: damping {rounded.damping:g} instead of {self.damping:g}"
             )
-        return rounded

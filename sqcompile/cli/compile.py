@@ -90,6 +90,7 @@ def compile_model(
             help="Work part by part in this folder, in bounded memory, and go on from there after a crash.",
         ),
     ] = None,
+    address: options.Address = None,
     dump_dir: Annotated[
         str | None,
         typer.Option(
@@ -151,7 +152,7 @@ def compile_model(
             expected=options.MODEL_HELP,
             next_step="name the model: sqcompile compile MODEL -p PASSES -o OUTPUT",
         )
-    compiled = _run(job, _instruments(dump_dir, print_before or [], print_after or []))
+    compiled = _run(job, _instruments(dump_dir, print_before or [], print_after or []), address)
     if measure:
         compiled.measure(runs=runs, threads=job.threads)
     files = compiled.save(job.output) if job.output else []
@@ -228,11 +229,11 @@ def _job(given: dict[str, Any]) -> Recipe:
     return job
 
 
-def _run(job: Recipe, instruments: list[Instrument]) -> Compiled:
+def _run(job: Recipe, instruments: list[Instrument], address: str | None) -> Compiled:
     from sqcompile.api import LazyCompiled
     from sqcompile.cli.subjects import unknown_inputs
 
-    compiled = job.compile(progress=progress(), instruments=instruments)
+    compiled = job.compile(progress=progress(), instruments=instruments, address=address)
     if isinstance(compiled, LazyCompiled):
         raise unknown_inputs(compiled._model)
     return compiled

@@ -52,6 +52,14 @@ Backend = Annotated[
     str | None, typer.Option("--backend", "-b", help="auto, native, native-exact, onnxruntime or reference.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads within an operator.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        envvar="SQCOMPILE_RAY_ADDRESS",
+        help="Ray cluster that shares the work: host:port, auto, or local to start one here.",
+    ),
+]
 Imports = Annotated[
     list[str] | None,
     typer.Option(

@@ -47,6 +47,7 @@ def sensitivity(
     context: options.Context = None,
     tokenizer: options.Tokenizer = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    address: options.Address = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> Answer:
@@ -63,6 +64,7 @@ def sensitivity(
     from sqcompile.calibration import Calibration
     from sqcompile.cli.subjects import Feed, open_model
     from sqcompile.errors import CalibrationError
+    from sqcompile.executor import open_executor
     from sqcompile.layers import layers_of, select_layers
     from sqcompile.mixed_precision import Candidate, measure_sensitivity
     from sqcompile.mixed_precision.sensitivity import measurable, parse_measure
@@ -87,7 +89,10 @@ def sensitivity(
     # Products with stored matrices, as some models spell their layers, become layers.
     PassManager(parse_pipeline("canonicalize-layers"), verify="off").run(program, work)
     wanted = select_layers(layers_of(program), tuple(layers or ("*",)), where="sqcompile sensitivity")
-    table = measure_sensitivity(program, measurable(program, wanted, work), candidates, work, measure=chosen)
+    with open_executor(address) as work.executor:
+        table = measure_sensitivity(
+            program, measurable(program, wanted, work), candidates, work, measure=chosen
+        )
     left_out = [
         f"{remark.node}: {remark.reason}" for remark in work.remarks if "not measured" in remark.reason
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from sqcompile.errors import CalibrationError, InputError, did_you_mean
-from sqcompile.layers import Layer
+from sqcompile.executor import Pending
+from sqcompile.layers import Layer, layers_of
 from sqcompile.mixed_precision.candidate import Candidate
 from sqcompile.mixed_precision.rerun import Rerun
 from sqcompile.pipeline.context import PassContext
@@ -23,7 +26,8 @@ from sqcompile.quantization.scheme import weight_format
 from sqcompile.quantization.stored import promised, weight_tensor
 from sqcompile.second_order.hessian import Hessian
 from sqcompile.second_order.layers import obstacle, visit_layers
-from sqcompile.second_order.rounding import grid_obstacle, round_weight
+from sqcompile.second_order.rounding import Rounded, grid_obstacle, round_weight
+from sqcompile.storage import program_bytes, program_of_bytes
 
 Measure = Literal["divergence", "error", "fisher"]
 """How the harm of a candidate is measured.
@@ -98,21 +102,23 @@ def measure_sensitivity(
         CalibrationError: If there is no data.
         InputError: If the first output is no floating-point tensor with a last axis.
     """
-    index = {layer.node: position for position, layer in enumerate(layers)}
     losses = np.full((len(layers), len(candidates)), np.inf)
-    judge = _judge(program, layers, context, measure, max_batches)
+    judge = context.executor.share(_judge(program, layers, context, measure, max_batches))
+    measured: dict[fx.Node, Pending[list[float]]] = {}
 
     def visit(layer: Layer, hessian: Hessian) -> Tensor:
         dense = weight_tensor(program, layer)
-        for column, candidate in enumerate(candidates):
-            changed = _changed(program, layer, dense, hessian, candidate, search)
-            if changed is not None:
-                losses[index[layer.node], column] = judge.loss(layer, dense, changed, hessian)
+        trials = [_trial(program, layer, dense, candidate, search) for candidate in candidates]
+        measured[layer.node] = context.executor.submit(
+            _losses, judge, layer.node.name, dense, hessian, trials
+        )
         return dense
 
     visit_layers(
         program, layers, visit, context, max_bytes=max_bytes, purpose=f"measuring {len(candidates)} formats"
     )
+    for row, layer in enumerate(layers):
+        losses[row] = measured[layer.node].result()
     shapes = [tuple(weight_tensor(program, layer).shape) for layer in layers]
     bits = [[float(candidate.size_bits(shape)) for candidate in candidates] for shape in shapes]
     return Sensitivity(
@@ -156,26 +162,39 @@ def measurable(program: Program, layers: Iterable[Layer], context: PassContext) 
     return found
 
 
-def _changed(
-    program: Program, layer: Layer, dense: Tensor, hessian: Hessian, candidate: Candidate, search: Search
-) -> Tensor | None:
-    """Return the weight that a candidate makes of a layer's, or None if the layer cannot take it."""
+Trial = Callable[[Tensor, Hessian], Rounded]
+"""Takes a weight and the Hessian of its inputs; returns what a candidate makes of it."""
+
+
+def _trial(
+    program: Program, layer: Layer, dense: Tensor, candidate: Candidate, search: Search
+) -> Trial | None:
+    """Return what tries a candidate on a layer's weight, or None if the layer cannot take it."""
     format, _ = weight_format(layer, candidate.format, tuple(dense.shape))
     if grid_obstacle(format) is not None:
         return None
     if candidate.prunes and candidate.pattern.obstacle(tuple(dense.shape)) is not None:
         return None
     promise = promised(program, layer.weight_value, layer.weight)
-    return round_weight(
-        dense,
-        hessian,
-        format,
+    return partial(
+        round_weight,
+        format=format,
         search=search,
         sparsity=candidate.sparsity if candidate.prunes else None,
         pattern=candidate.pattern,
         kept=None if promise is None else promise.mask,
         where=f"layer '{layer.name}'",
-    ).weight
+    )
+
+
+def _losses(
+    judge: _Run | _Fisher, node: str, dense: Tensor, hessian: Hessian, trials: Sequence[Trial | None]
+) -> list[float]:
+    """Return what each trial costs; infinite where there is none."""
+    return [
+        np.inf if trial is None else judge.loss(node, dense, trial(dense, hessian).weight, hessian)
+        for trial in trials
+    ]
 
 
 def _judge(
@@ -200,22 +219,44 @@ def _judge(
 
 
 class _Run:
-    """Judges by running the program with one weight changed."""
+    """Judges by running the program with one weight changed.
+
+    Sent to another process it takes the program along, as a file would hold it.
+    """
 
     def __init__(self, program: Program, batches: Sequence[Sequence[Any]], distance: Distance) -> None:
         self._program = program
+        self._batches = batches
         self._distance = distance
+        self._layers = {layer.node.name: layer for layer in layers_of(program)}
         self._runs = [Rerun(program, batch) for batch in batches]
         self._dense = [_first_output(program, run.outputs()) for run in self._runs]
 
-    def loss(self, layer: Layer, dense: Tensor, changed: Tensor, hessian: Hessian) -> float:
+    def loss(self, node: str, dense: Tensor, changed: Tensor, hessian: Hessian) -> float:
         """Return the mean distance of the outputs."""
+        layer = self._layers[node]
         total = count = 0.0
         for run, wanted in zip(self._runs, self._dense, strict=True):
             outputs = run.outputs(layer.node, {layer.weight_value: changed})
             total += self._distance(wanted, _first_output(self._program, outputs)) * wanted[..., 0].numel()
             count += wanted[..., 0].numel()
         return total / count if count else 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stored = program_bytes(self._program)
+        key = hashlib.sha256(stored).hexdigest()
+        return _unpacked_run, (key, stored, list(self._batches), self._distance)
+
+
+# The last one that came from another process: it is the same for all layers, and unpacked once.
+_unpacked: dict[str, _Run] = {}
+
+
+def _unpacked_run(key: str, stored: bytes, batches: list[Sequence[Any]], distance: Distance) -> _Run:
+    if key not in _unpacked:
+        _unpacked.clear()
+        _unpacked[key] = _Run(program_of_bytes(stored), batches, distance)
+    return _unpacked[key]
 
 
 class _Fisher:
@@ -229,7 +270,7 @@ class _Fisher:
         self, program: Program, layers: Sequence[Layer], batches: Sequence[Sequence[Any]], seed: int
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._squares: dict[fx.Node, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
         predictions = 0
         for batch in batches:
             taps, output = _tapped(program, [layer.node for layer in layers], batch)
@@ -245,12 +286,13 @@ class _Fisher:
                 if gradient is None:
                     continue
                 squares = gradient.flatten(0, -2).square().sum(0)
-                self._squares[node] = self._squares[node] + squares if node in self._squares else squares
+                known = self._squares.get(node.name)
+                self._squares[node.name] = squares if known is None else known + squares
         self._predictions = max(1, predictions)
 
-    def loss(self, layer: Layer, dense: Tensor, changed: Tensor, hessian: Hessian) -> float:
+    def loss(self, node: str, dense: Tensor, changed: Tensor, hessian: Hessian) -> float:
         """Return ½ Σ_o G_o (ΔW H ΔWᵀ)_oo, for each prediction."""
-        squares = self._squares.get(layer.node)
+        squares = self._squares.get(node)
         if squares is None:
             return 0.0
         delta = changed - dense

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from sqcompile.errors import CalibrationError
+from sqcompile.executor import Executor, InProcess
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.remarks import Remark
 
@@ -31,6 +32,7 @@ class PassContext:
             behind parts that have changed. None: the same.
         progress: Where long work reports how far it is.
         original: The program as it was before the first pass, to compare with or to learn from; the manager sets it.
+        executor: Does pieces of work that do not depend on each other, such as the layers that read one value.
     """
 
     calibration: Calibration | None = None
@@ -42,6 +44,7 @@ class PassContext:
     remarks: list[Remark] = field(default_factory=list)
     dense_calibration: Calibration | None = None
     original: Program | None = None
+    executor: Executor = field(default_factory=InProcess)
 
     def remark(self, node: fx.Node | str, reason: str) -> None:
         """Say why a rewrite did or did not happen at a node."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from sqcompile.errors import CalibrationError
+from sqcompile.executor import Pending
 from sqcompile.layers import Layer
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
@@ -15,8 +16,9 @@ from sqcompile.second_order.hessian import Hessian
 from sqcompile.shelf import open_shelf
 from sqcompile.stepwise import Stepwise, dense_batches, memory_for
 
-Visit = Callable[[Layer, Hessian], Tensor]
-"""Takes a layer and the Hessian of its inputs; returns the weight to go on with, in the weight's shape."""
+Visit = Callable[[Layer, Hessian], Tensor | Pending[Tensor]]
+"""Takes a layer and the Hessian of its inputs; returns the weight to go on with, in the weight's shape, or the
+promise of one: layers that read the same value do not wait for each other."""
 
 
 def obstacle(program: Program, layer: Layer) -> str | None:
@@ -92,9 +94,12 @@ def visit_layers(
             data = readers[node][0].data
             assert data is not None
             hessian = _hessian(readers[node][0], read(data), wanted(data) if wanted else None, tokens)
-            for layer in readers[node]:
-                with torch.no_grad():
-                    changed.substitutes[layer.weight_value] = visit(layer, hessian)
+            with torch.no_grad():
+                weights = [visit(layer, hessian) for layer in readers[node]]
+                for layer, weight in zip(readers[node], weights, strict=True):
+                    changed.substitutes[layer.weight_value] = (
+                        weight.result() if isinstance(weight, Pending) else weight
+                    )
 
 
 def _hessian(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sqcompile.executor import Pending
 from sqcompile.layers import Layer
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
@@ -17,8 +18,25 @@ from sqcompile.second_order.hessian import Hessian
 from sqcompile.second_order.layers import obstacle, visit_layers
 from sqcompile.sparsity import Pattern
 
-Choose = Callable[[PrunableWeight, Hessian, float], tuple[Tensor, Tensor]]
-"""Takes a weight, the Hessian of its inputs and its sparsity; returns the new weight and its mask, both [O, K]."""
+
+@dataclass(frozen=True)
+class Pruned:
+    """What became of a weight.
+
+    Attributes:
+        mask: What is kept, [O, K].
+        weight: The new weight [O, K]; None if it has not changed.
+        remark: What its layer's owner should know, or None.
+    """
+
+    mask: Tensor
+    weight: Tensor | None = None
+    remark: str | None = None
+
+
+Choose = Callable[[PrunableWeight, float], Callable[[Hessian], Pruned]]
+"""Takes a weight and its sparsity; returns what prunes it, given the Hessian of its inputs. That is a piece of work
+for an executor: it holds tensors, and no graph."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,7 @@ def prune_layers(
     Args:
         edit: Edits the program once all layers are decided.
         context: Holds the calibration data; told about each layer that is left as it is, and why.
-        choose: Decides about a weight.
+        choose: Says how a weight is pruned.
         share: How many weights go, and from where.
         pattern: The pattern that the masks will have.
         layers: Patterns of the layers to prune.
@@ -79,7 +97,7 @@ def prune_layers(
     ]
     found = prunable_weights(program, chosen, pattern, context.remark)
     weights = {weight.layer.node: weight for weight in found}
-    results: list[tuple[PrunableWeight, Tensor, Tensor]] = []
+    results: list[tuple[PrunableWeight, Pruned]] = []
     sparsities = allocate(
         program,
         found,
@@ -90,13 +108,18 @@ def prune_layers(
         max_bytes=max_bytes,
     )
 
-    def visit(layer: Layer, hessian: Hessian) -> Tensor:
+    def visit(layer: Layer, hessian: Hessian) -> Pending[Tensor]:
         weight = weights[layer.node]
-        value, mask = choose(weight, hessian, sparsities[weight.name])
-        if not weight.removes(mask):
-            return weight.dense
-        results.append((weight, value, mask))
-        return value * mask
+
+        def keep(pruned: Pruned) -> Tensor:
+            if pruned.remark is not None:
+                context.remark(layer.node, pruned.remark)
+            if not weight.removes(pruned.mask):
+                return weight.dense
+            results.append((weight, pruned))
+            return (weight.tensor if pruned.weight is None else pruned.weight) * pruned.mask
+
+        return context.executor.submit(choose(weight, sparsities[weight.name]), hessian).then(keep)
 
     visit_layers(
         program,
@@ -108,11 +131,11 @@ def prune_layers(
         with_dense=with_dense,
     )
     sparsity = {}
-    for weight, value, mask in results:
-        if value is not weight.tensor:
-            edit.replace_tensor(weight.layer.weight, value)
-        set_mask(edit, weight, mask, pattern)
-        sparsity[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
+    for weight, pruned in results:
+        if pruned.weight is not None:
+            edit.replace_tensor(weight.layer.weight, pruned.weight)
+        set_mask(edit, weight, pruned.mask, pattern)
+        sparsity[weight.layer.name] = 1.0 - float(pruned.mask.sum()) / pruned.mask.numel()
     return sparsity
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from sqcompile.executor import Pending
 from sqcompile.layers import Layer, layers_of, select_layers, stored_weight
 from sqcompile.pipeline.context import PassContext
 from sqcompile.quantization.affine import Search
@@ -19,8 +20,9 @@ from sqcompile.second_order.hessian import Hessian
 from sqcompile.second_order.layers import obstacle, visit_layers
 from sqcompile.second_order.rounding import Rounded
 
-RoundLayer = Callable[[Layer, Hessian, Format], Rounded]
-"""Takes a layer, the Hessian of its inputs and its format; returns the weight rounded."""
+RoundLayer = Callable[[Layer, Format], Callable[[Hessian], Rounded]]
+"""Takes a layer and its format; returns what rounds its weight, given the Hessian of its inputs. That is a piece of
+work for an executor: it holds tensors, and no graph."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def round_layers(
     max_bytes: int,
     with_dense: bool,
     where: str,
+    tell: Callable[[Layer, Rounded], None] = lambda layer, rounded: None,
 ) -> int:
     """Round the chosen layers in graph order, each on data that went through those before it, and store codes.
 
@@ -67,6 +70,7 @@ def round_layers(
         max_bytes: Memory for the values of all batches at one place of the graph.
         with_dense: Whether the Hessians need the inputs of the dense program too.
         where: Who asks, for errors.
+        tell: Told about each layer that `round_layer` has rounded.
 
     Returns:
         How many layers `round_layer` was asked about.
@@ -98,9 +102,13 @@ def round_layers(
             context.remark(layer.node, reason or changed or "")
     results: dict[fx.Node, Rounded] = {}
 
-    def visit(layer: Layer, hessian: Hessian) -> Tensor:
-        results[layer.node] = round_layer(layer, hessian, formats[layer.node])
-        return results[layer.node].weight
+    def visit(layer: Layer, hessian: Hessian) -> Pending[Tensor]:
+        def keep(rounded: Rounded) -> Tensor:
+            results[layer.node] = rounded
+            tell(layer, rounded)
+            return rounded.weight
+
+        return context.executor.submit(round_layer(layer, formats[layer.node]), hessian).then(keep)
 
     visit_layers(
         program,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sqcompile.errors import MemoryLimitError
+from sqcompile.executor import Executor, InProcess
 from sqcompile.layers import layers_of
 from sqcompile.metrics import Distance, output_distance
 from sqcompile.pipeline.context import PassContext
@@ -45,6 +46,7 @@ class Job:
         verify: As `compile` takes it.
         progress: Where the work is shown.
         instruments: Called after each pass of each part.
+        executor: Does the work on layers that do not depend on each other; decides no result.
     """
 
     passes: Sequence[Pass]
@@ -56,6 +58,7 @@ class Job:
     verify: Verify = "each"
     progress: Progress = field(default_factory=SilentProgress)
     instruments: Sequence[Instrument] = ()
+    executor: Executor = field(default_factory=InProcess)
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class _Run:
 
     def _context(self, part: Part, program: Program) -> PassContext:
         job = self._job
-        context = PassContext(seed=job.seed, work_dir=self._folder.scratch)
+        context = PassContext(seed=job.seed, work_dir=self._folder.scratch, executor=job.executor)
         if job.has_data:
             context.calibration = PartData(self._changed, part.inputs, program, self._count)
             context.dense_calibration = PartData(self._dense, part.inputs, program, self._count)
