@@ -35,7 +35,10 @@ from sqcompile.passes import (
     GPTQ,
     AdaRound,
     ApplyMasks,
+    Calibrate,
     FoldQDQ,
+    FreezeObservers,
+    InsertObservers,
     MaskWeights,
     MixedPrecision,
     QuantizeWeights,
@@ -217,6 +220,34 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
         "search": "mse",
         "formats": EIGHT_BITS,
     }
+    tables = {
+        word: Format.parse(f"int4:mapping={word}") for word in ("tanh", "mu-law", "log2", "nf", "codebook")
+    }
+    yield (
+        "8-bit weights, static values",
+        {
+            "4 bits, even": static(Format.parse("int4")),
+            "4 bits, even, affine": static(Format.parse("uint4:affine")),
+            **{f"4 bits, {word}": static(table) for word, table in tables.items()},
+            "8 bits": static(Format.parse("uint8:affine")),
+            "8 bits, SmoothQuant": static(Format.parse("uint8:affine"), SmoothQuant()),
+        },
+    )
+    known = ("tanh@2", "mu-law@10", "log2", "nf")
+    token = {word: Format.parse(f"int4:token:dynamic:mapping={word}") for word in known}
+    yield (
+        "8-bit weights, values by token",
+        {
+            "4 bits, even": by_token(Format.parse("int4:token:dynamic")),
+            "4 bits, even, affine": by_token(Format.parse("uint4:affine:token:dynamic")),
+            **{f"4 bits, {word}": by_token(table) for word, table in token.items()},
+            "4 bits, even, affine, rotated": by_token(
+                Format.parse("uint4:affine:token:dynamic"), RotateWeights()
+            ),
+            "4 bits, nf, rotated": by_token(token["nf"], RotateWeights()),
+            "8 bits": by_token(Format.parse("uint8:affine:token:dynamic")),
+        },
+    )
     yield (
         "4 bits, values too",
         {
@@ -255,6 +286,26 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
             "SparseGPT with refit, then GPTQ": [*pruned(SparseGPT(**half, refit=True)), gptq, FoldQDQ()],
             "both in one sweep": rounded(GPTQ(weight=four, formats=EIGHT_BITS, sparsity=0.5)),
         },
+    )
+
+
+def static(values: Format, *before: sqcompile.Pass) -> Passes:
+    """Weights of 8 bits; the data of layers in a format with static scales, but for what makes the outputs."""
+    observe = InsertObservers(
+        activation=values,
+        kinds=("linear",),
+        activation_formats=(("kind:head", Format.parse("uint8:affine")),),
+    )
+    return [*pipelines.canonical(), *before, observe, Calibrate(), FreezeObservers(search="mse"), FoldQDQ()]
+
+
+def by_token(values: Format, *before: sqcompile.Pass) -> Passes:
+    """Weights of 8 bits; the data of layers with a scale a token, but for what makes the outputs."""
+    return rounded(
+        *before,
+        QuantizeWeights(
+            activation=values, activation_formats=(("kind:head", pipelines.INT8_DYNAMIC),), search="mse"
+        ),
     )
 
 

@@ -55,18 +55,19 @@ def integer_users(node: ir.Node) -> list[ir.Node]:
 def look_up_at_load(model: ir.Model) -> int:
     """Spell lookups in tables out as operators of ONNX; return how many.
 
-    ONNX Runtime evaluates them on constants when it loads the model. The file keeps the codes.
+    ONNX Runtime evaluates those of weights, which are constants, when it loads the model. The file keeps the codes.
     """
     count = 0
     for node in list(model.graph):
         if (node.domain, node.op_type) != (OUR_DOMAIN, "Lookup"):
             continue
         codes, table = node.inputs
+        assert table is not None and table.dtype is not None
         cast = ir.node("Cast", [codes], {"to": ir.DataType.INT32}, name=f"{node.name}/Cast")
         cast.outputs[0].name = f"{node.outputs[0].name}/codes"
         gather = ir.node("Gather", [table, cast.outputs[0]], name=f"{node.name}/Gather")
         gather.outputs[0].name = f"{node.outputs[0].name}/entries"
-        for made, dtype in ((cast, ir.DataType.INT32), (gather, ir.DataType.INT8)):
+        for made, dtype in ((cast, ir.DataType.INT32), (gather, table.dtype)):
             made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, ir.TensorType(dtype)
         model.graph.insert_before(node, [cast, gather])
         ir.convenience.replace_all_uses_with(node.outputs[0], gather.outputs[0], replace_graph_outputs=True)

@@ -14,6 +14,7 @@ from sqcompile.program import Program
 from sqcompile.quantization.affine import Search, least_weight_scale, quantize_bias
 from sqcompile.quantization.format import PerGroup, PerTensor
 from sqcompile.quantization.observed import (
+    Parameters,
     codes_source,
     freeze,
     observer_name,
@@ -23,6 +24,7 @@ from sqcompile.quantization.observed import (
 )
 from sqcompile.quantization.stored import (
     forget_unused_promises,
+    look_up,
     store_bias,
     store_weight,
     weight_decoding,
@@ -78,21 +80,25 @@ class FreezeObservers(Pass):
     def _freeze_values(self, edit: Rewriter, context: PassContext) -> None:
         program = edit.program
         constants: dict[str, tuple[fx.Node, fx.Node]] = {}
+        frozen: dict[str, Parameters] = {}
         for node in value_observers(program):
             name, state = observer_name(node), state_of(program, node)
             if name not in constants:
-                parameters = freeze(state)
+                frozen[name] = parameters = freeze(state)
                 if not any(bool(bound.any()) for bound in state.range()):
                     context.remark(node, "was zero for all calibration data: its scale is 1")
                 constants[name] = (
                     edit.constant(f"{name}_scale", parameters.scale, like=node),
                     edit.constant(f"{name}_zero_point", parameters.zero_point, like=node),
                 )
-            options = (*constants[name], None, None, state.format.qmin, state.format.qmax)
+            format, entries = frozen[name].format, frozen[name].entries
+            options = (*constants[name], None, None, format.qmin, format.qmax)
             value = node.args[0]
             assert isinstance(value, fx.Node)
             with edit.before(node):
                 codes = edit.call(quantize, value, *options, like=node)
+                if entries is not None:
+                    codes = look_up(edit, codes, entries, name)
                 edit.replace(node, edit.call(dequantize, codes, *options, like=node))
             edit.erase(node)
 

@@ -40,7 +40,8 @@ class InsertObservers(Pass):
     Attributes:
         weight: Format of weights; `channel=0` means output channels, `group=n` groups along the inputs; with a
             mapping, the entries of its table become the integers.
-        activation: Format of values: one static scale a tensor.
+        activation: Format of values: one static scale a tensor. With a mapping (`int4:mapping=tanh`), calibration
+            fits the table, too.
         observer: How the range of a value is chosen.
         layers: Patterns of the layers and operators to quantize.
         exclude: Patterns of those to leave in floating point.
@@ -72,8 +73,6 @@ class InsertObservers(Pass):
             self.activation,
             *(choice for _, choice in self.activation_formats if isinstance(choice, Format)),
         ]
-        if not all(format.mapping.is_linear for format in values):
-            raise self.reject_option("activation", "linear codes: tables are for weights")
         if any(format.dynamic or not isinstance(format.granularity, PerTensor) for format in values):
             raise self.reject_option(
                 "activation", "one static scale a tensor, as uint8:affine; dynamic: quantize-weights"
@@ -134,7 +133,9 @@ class InsertObservers(Pass):
         return int(count == 0)
 
     def _observe_value(self, edit: Rewriter, watch: Watch) -> None:
-        observer = self.observer if watch.fixed_range is None else Fixed(*watch.fixed_range)
+        observer = self.observer
+        if watch.fixed_range is not None and watch.format.mapping.is_known:
+            observer = Fixed(*watch.fixed_range)
         if watch.name not in edit.program.observers:
             edit.program.observers[watch.name] = observer.start(watch.format, locate(watch.value))
         with edit.before(_following(watch.value)):

@@ -14,10 +14,13 @@ from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerChannel
+from sqcompile.quantization.lookup import nearest_entries
+from sqcompile.quantization.observed import ENTRIES
 from sqcompile.quantization.scheme import Override, choose_formats, sites_of, weight_format
 from sqcompile.quantization.stored import (
     fit_decoding,
     forget_unused_promises,
+    look_up,
     store_weight,
     weight_tensor,
 )
@@ -45,7 +48,8 @@ class QuantizeWeights(Pass):
     Attributes:
         weight: Format of weights: `channel=0` means output channels, `group=n` groups along the inputs;
             `mapping=nf` (NF4), `tanh`, `sigmoid`, `mu-law`, `log2` or `codebook` for codes that are no even steps.
-        activation: Format of the data of linear layers, dynamic; None for weights only.
+        activation: Format of the data of linear layers, dynamic; None for weights only. Its mapping has to be known:
+            `int4:token:dynamic:mapping=nf`, `tanh@2`.
         search: Of scales: `minmax` covers every weight; `mse` has the least squared error; `half-quadratic`
             the least sum of a low power of the errors, which forgives outliers.
         layers: Patterns of the layers to quantize.
@@ -168,13 +172,19 @@ class QuantizeWeights(Pass):
 
 
 def _insert_dynamic(edit: Rewriter, data: fx.Node, format: Format) -> fx.Node:
-    granularity = (*format.granularity.pair, format.qmin, format.qmax)
+    linear = format.mapping.is_linear
+    granularity = (
+        *format.granularity.pair,
+        *((format.qmin, format.qmax) if linear else (ENTRIES.qmin, ENTRIES.qmax)),
+    )
     pair = edit.call(
         torch.ops.sqcompile.dynamic_scale.default, data, *granularity, format.symmetric, like=data
     )
     scale = edit.call(operator.getitem, pair, 0, like=data)
     zero_point = edit.call(operator.getitem, pair, 1, like=data)
     codes = edit.call(torch.ops.sqcompile.quantize.default, data, scale, zero_point, *granularity, like=data)
+    if not linear:
+        codes = look_up(edit, codes, nearest_entries(format.mapping.table(format.bits)), data.name)
     return edit.call(
         torch.ops.sqcompile.dequantize.default, codes, scale, zero_point, *granularity, like=data
     )

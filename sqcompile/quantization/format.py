@@ -167,7 +167,7 @@ class Format:
         dynamic: The scale is taken from the tensor at run time, not from calibration.
         narrow: Leave out the lowest code (int8: -127..127), so that negation is always exact.
         mapping: The value of each code; all but the linear one take tables of at most sixteen levels, with
-            codes from 0 on (`signed` changes nothing) and no zero point.
+            codes from 0 on (`signed` changes nothing) and no zero point. With `dynamic` it has to be known.
 
     Raises:
         FormatError: No such number of bits, scales per token that are not dynamic, or a mapping that does not
@@ -201,12 +201,19 @@ class Format:
             raise FormatError(
                 f"a table has at most {1 << MOST_BITS} levels", seen=seen, expected=f"2 to {MOST_BITS} bits"
             )
-        if self.dynamic or self.narrow or not self.symmetric:
+        if self.narrow or not self.symmetric:
             raise FormatError(
-                "a table goes with static, symmetric formats",
+                "a table goes with symmetric formats",
                 seen=seen,
                 expected=f"int{self.bits}:{self.granularity}:mapping={self.mapping}",
-                next_step="leave out 'affine', 'narrow' and 'dynamic'",
+                next_step="leave out 'affine' and 'narrow'",
+            )
+        if self.dynamic and not self.mapping.is_known:
+            raise FormatError(
+                "a table for values at run time has to be known beforehand",
+                seen=seen,
+                expected="a mapping with its parameter, such as tanh@2 or mu-law@10; nf; log2",
+                next_step="write the parameter; or let calibration fit it, with static values (insert-observers)",
             )
 
     @property

@@ -39,7 +39,7 @@ class LearnedState(ObserverState):
         Raises:
             CalibrationError: Always.
         """
-        raise self._error(
+        raise self.error(
             "a learned scale does not follow data",
             seen="values to observe",
             expected="freeze-observers after train-quantized",
@@ -55,4 +55,4 @@ class LearnedState(ObserverState):
         return low.to(torch.float32), high.to(torch.float32)
 
     def _merge(self, other: ObserverState) -> None:
-        raise self._error("learned scales cannot be merged", seen="two states", expected="one training")
+        raise self.error("learned scales cannot be merged", seen="two states", expected="one training")

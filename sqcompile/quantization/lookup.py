@@ -59,8 +59,30 @@ def encode(steps: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(steps, (exact[1:] + exact[:-1]) / 2).to(torch.uint8)
 
 
-def fake_lookup(x: Tensor, scale: Tensor, table: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+def nearest_entries(table: Tensor) -> Tensor:
+    """Return what 8-bit codes with 128 in their middle become where only a table's entries are allowed.
+
+    Values at run time are quantized to 8 bits and looked up in this: the nearest entry, the lower of two equally near,
+    as an 8-bit code itself. So integer kernels take them as they take all others.
+
+    Shapes: table ascending, int8 [2**bits]; result uint8 [256].
+    """
+    middle = LARGEST_ENTRY + 1
+    steps = torch.arange(-middle, middle, device=table.device)
+    return (lookup(encode(steps, table), table).int() + middle).to(torch.uint8)
+
+
+def fake_lookup(
+    x: Tensor,
+    scale: Tensor,
+    table: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    whole_steps: bool = False,
+) -> Tensor:
     """Return values as their codes restore them, with gradients to them and to their scales.
+
+    With `whole_steps` the entry nearest to the value's 8-bit code is taken, as `nearest_entries` has it.
 
     To x, straight through between the ends of the table and zero outside. To the scale, with v = x / scale: entry - v
     inside, else the nearer end, as for linear codes (`affine.fake_quantize_gradient`).
@@ -68,17 +90,23 @@ def fake_lookup(x: Tensor, scale: Tensor, table: Tensor, axis: int | None, group
     Shapes: x [...]; scale as `scale_shape` says; table ascending, int8 [2**bits]; result as x.
     Source: Esser et al. 2020 (LSQ), eq. 3 and 5, with the nearest entry in place of the nearest integer.
     """
-    result: Tensor = _FakeLookup.apply(x, scale, table, axis, group_size)  # type: ignore[no-untyped-call]
+    result: Tensor = _FakeLookup.apply(x, scale, table, axis, group_size, whole_steps)  # type: ignore[no-untyped-call]
     return result
 
 
 class _FakeLookup(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, table: Tensor, axis: int | None, group_size: int | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        table: Tensor,
+        axis: int | None,
+        group_size: int | None,
+        whole_steps: bool,
     ) -> Tensor:
         steps = affine.divide(x, scale, axis, group_size)
-        entries = lookup(encode(steps, table), table)
+        entries = lookup(encode(steps.round() if whole_steps else steps, table), table)
         ctx.save_for_backward(steps, entries, table)
         ctx.pair = axis, group_size
         zero = torch.zeros_like(scale, dtype=torch.int32)
@@ -91,7 +119,7 @@ class _FakeLookup(torch.autograd.Function):
         slope = torch.where(inside, entries - steps, entries.to(steps.dtype))
         axis, group_size = ctx.pair
         to_scale = affine.reduce_blocks(slope * gradient.float(), axis, group_size, torch.sum)
-        return gradient * inside, to_scale, None, None, None
+        return gradient * inside, to_scale, None, None, None, None
 
 
 def fit(

@@ -36,6 +36,11 @@ class Mapping(ABC):
         """Whether values are evenly spaced, so that no table is needed."""
         return False
 
+    @property
+    def is_known(self) -> bool:
+        """Whether nothing of it has to be fitted to data."""
+        return True
+
     def candidates(self) -> tuple[Mapping, ...]:
         """Return the mappings that fitting chooses from: this one, unless a parameter is left open."""
         return (self,)
@@ -96,6 +101,11 @@ class Companding(Mapping):
 
     def __str__(self) -> str:
         return self.word if self.steepness is None else f"{self.word}@{self.steepness:g}"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the steepness is given."""
+        return self.steepness is not None
 
     def candidates(self) -> tuple[Mapping, ...]:
         """Return this mapping, or one for each steepness that fitting tries."""
@@ -202,6 +212,11 @@ class Codebook(Mapping):
 
     entries: tuple[int, ...] | None = None
     word: ClassVar[str] = "codebook"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the table is fitted."""
+        return self.entries is not None
 
     def values(self, bits: int) -> Tensor:
         """Return the fitted table."""

@@ -85,13 +85,13 @@ class ObserverState(ABC):
         """
         x = x.detach()
         if not x.is_floating_point():
-            raise self._error("an observer watches floating-point values", seen=str(x.dtype))
+            raise self.error("an observer watches floating-point values", seen=str(x.dtype))
         if x.numel() == 0:
-            raise self._error("an observer was given an empty tensor", seen=f"shape {list(x.shape)}")
+            raise self.error("an observer was given an empty tensor", seen=f"shape {list(x.shape)}")
         low, high = (bound.float().cpu() for bound in block_range(x, *self.format.granularity.pair))
         if not bool((low.isfinite() & high.isfinite()).all()):
             nans, infinities = int(x.isnan().sum()), int(x.float().isinf().sum())
-            raise self._error(
+            raise self.error(
                 "an observer saw values that are not finite",
                 seen=f"{nans} NaN and {infinities} infinite of {x.numel()} values, batch {self.batches + 1}",
                 expected="finite values",
@@ -110,7 +110,7 @@ class ObserverState(ABC):
             CalibrationError: Nothing has been observed.
         """
         if self.count == 0:
-            raise self._error(
+            raise self.error(
                 "an observer never saw data",
                 seen="0 batches",
                 next_step="calibrate with data that reaches this place, or leave it in floating point",
@@ -135,7 +135,7 @@ class ObserverState(ABC):
                 kind of observer.
         """
         if (other.observer, other.format) != (self.observer, self.format):
-            raise self._error(
+            raise self.error(
                 "states of different observers cannot be merged",
                 seen=f"{other.observer} for {other.format}",
                 expected=f"{self.observer} for {self.format}",
@@ -158,9 +158,10 @@ class ObserverState(ABC):
     def _merge(self, other: ObserverState) -> None:
         """Add `other`, which has the same observer and format, and has seen data."""
 
-    def _error(
+    def error(
         self, what: str, seen: str, expected: str | None = None, next_step: str | None = None
     ) -> CalibrationError:
+        """Return an error that names the place and the observer."""
         place = f"{self.where}, " if self.where else ""
         return CalibrationError(
             what, where=f"{place}observer {self.observer}", seen=seen, expected=expected, next_step=next_step
@@ -306,7 +307,7 @@ class _MinMaxState(ObserverState):
 
     def _check_scales(self, low: Tensor) -> None:
         if low.shape != self.low.shape:
-            raise self._error(
+            raise self.error(
                 "batches of one observer need the same number of scales",
                 seen=f"scales of shape {list(low.shape)} for {self.format}",
                 expected=f"{list(self.low.shape)}, as before",
@@ -331,7 +332,7 @@ class _MovingAverageState(_MinMaxState):
         self.low, self.high = low, high
 
     def _merge(self, other: ObserverState) -> None:
-        raise self._error(
+        raise self.error(
             "moving averages cannot be merged",
             seen="two states",
             expected="one state that sees all batches in order",
@@ -339,14 +340,22 @@ class _MovingAverageState(_MinMaxState):
         )
 
 
-class _HistogramState(ObserverState):
+class HistogramState(ObserverState):
+    """What an observer with a histogram has seen.
+
+    Attributes:
+        histogram: Counts of the values.
+        low: The least.
+        high: The greatest.
+    """
+
     def __init__(
         self, observer: Percentile | HistogramMSE | HistogramKL, format: Format, where: str | None
     ) -> None:
         super().__init__(observer, format, where)
         if not isinstance(format.granularity, PerTensor):
             # A histogram for each channel or group would not be bounded memory in any useful sense.
-            raise self._error(
+            raise self.error(
                 "a histogram observer watches whole tensors",
                 seen=f"format {format}",
                 expected="one scale per tensor",
@@ -364,7 +373,7 @@ class _HistogramState(ObserverState):
         self.high = max(self.high, high) if self.count else high
 
     def _merge(self, other: ObserverState) -> None:
-        assert isinstance(other, _HistogramState)
+        assert isinstance(other, HistogramState)
         self._extend(other.low, other.high)
         self.histogram.merge(other.histogram)
 
@@ -377,7 +386,7 @@ class _HistogramState(ObserverState):
         """Return the range as two numbers."""
 
 
-class _PercentileState(_HistogramState):
+class _PercentileState(HistogramState):
     def _bounds(self) -> tuple[float, float]:
         assert isinstance(self.observer, Percentile)
         share = self.observer.percentile / 100
@@ -390,13 +399,13 @@ class _PercentileState(_HistogramState):
         return low, high
 
 
-class _MSEState(_HistogramState):
+class _MSEState(HistogramState):
     def _bounds(self) -> tuple[float, float]:
         loss = clip.squared_error(self.histogram, self.format)
         return clip.least_loss(loss, min(self.low, 0.0), max(self.high, 0.0), self.format.symmetric)
 
 
-class _KLState(_HistogramState):
+class _KLState(HistogramState):
     def _bounds(self) -> tuple[float, float]:
         loss = clip.divergence(self.histogram, self.format)
         return clip.least_loss(loss, min(self.low, 0.0), max(self.high, 0.0), self.format.symmetric)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sqcompile.program import Program
 from sqcompile.quantization import affine
+from sqcompile.quantization.lookup import lookup
 from sqcompile.quantization.observed import (
     Parameters,
     freeze,
@@ -55,8 +56,10 @@ def _fake_quantizer(parameters: Parameters) -> Callable[[Any], Tensor]:
     axis, group_size = format.granularity.pair
 
     def fake_quantize(value: Any) -> Tensor:
-        return affine.fake_quantize(
-            value, parameters.scale, parameters.zero_point, axis, group_size, format.qmin, format.qmax
-        )
+        decode = parameters.scale, parameters.zero_point, axis, group_size
+        if parameters.entries is None:
+            return affine.fake_quantize(value, *decode, format.qmin, format.qmax)
+        codes = affine.quantize(value, *decode, format.qmin, format.qmax, format.storage_dtype)
+        return affine.dequantize(lookup(codes, parameters.entries), *decode)
 
     return fake_quantize

@@ -122,6 +122,19 @@ def rounded_weight(weight: Tensor, decoding: Decoding, format: Format) -> Tensor
     return affine.fake_quantize(weight, scale, decoding.zero_point, *pair, format.qmin, format.qmax)
 
 
+def look_up(edit: Rewriter, codes: fx.Node, entries: Tensor, name: str) -> fx.Node:
+    """Insert the lookup of values' codes where the edit stands, and return it.
+
+    Args:
+        edit: The edit.
+        codes: 8-bit codes.
+        entries: What they become, uint8 [256]: `lookup.nearest_entries`.
+        name: What the stored entries are called by.
+    """
+    stored = edit.constant(f"{name}_entries", entries, like=codes)
+    return edit.call(torch.ops.sqcompile.lookup.default, codes, stored, like=codes)
+
+
 def store_weight(
     edit: Rewriter,
     value: fx.Node,

@@ -16,13 +16,13 @@ from sqcompile.quantization.learned import LearnedState
 from sqcompile.quantization.lookup import fake_lookup
 from sqcompile.quantization.mappings import LARGEST_ENTRY
 from sqcompile.quantization.observed import (
-    freeze,
     observer_name,
     state_of,
     value_observers,
+    value_table,
     weight_observers,
 )
-from sqcompile.quantization.observers import Fixed
+from sqcompile.quantization.observers import Fixed, ObserverState
 from sqcompile.quantization.stored import Decoding, weight_decoding, weight_tensor
 from sqcompile.training import Trainable
 
@@ -95,8 +95,7 @@ class TrainableQuantized(Trainable):
             state, weight = state_of(twin, node), weight_tensor(twin, layers[0])
             decodings[node] = weight_decoding(state, weight, self._search), tuple(weight.shape)
         for node in value_observers(twin):
-            frozen = freeze(state_of(twin, node))
-            decodings[node] = Decoding(frozen.scale, frozen.zero_point), _sizes_of_sample(node)
+            decodings[node] = _decoding_of_values(state_of(twin, node)), _sizes_of_sample(node)
         sources: dict[str, tuple[fx.Node, fx.Node]] = {}
         for node, (decoding, shape) in decodings.items():
             name, state = observer_name(node), state_of(twin, node)
@@ -104,10 +103,10 @@ class TrainableQuantized(Trainable):
                 learns = self._learn and not isinstance(state.observer, Fixed)
                 sources[name] = self._scale(twin, name, decoding, state.format, shape, learns)
             format, (scale, last) = state.format, sources[name]
-            options: tuple[Any, ...] = format.granularity.pair
+            options: tuple[Any, ...] = (*format.granularity.pair, node not in weights)
             function: Any = fake_lookup
             if decoding.table is None:
-                options = (*options, format.qmin, format.qmax)
+                options = (*format.granularity.pair, format.qmin, format.qmax)
                 function = torch.ops.sqcompile.fake_quantize.default
             with twin.graph.inserting_before(node):
                 fake = twin.graph.call_function(function, (node.args[0], scale, last, *options))
@@ -145,6 +144,13 @@ class TrainableQuantized(Trainable):
             damping *= (positive / LARGEST_ENTRY) ** 2
         with graph.inserting_before(next(twin.compute_nodes())):
             return graph.call_function(learned_scale, (factor, start, damping)), last
+
+
+def _decoding_of_values(state: ObserverState) -> Decoding:
+    if state.format.mapping.is_linear:
+        return Decoding(*state.parameters())
+    scale, table = value_table(state)
+    return Decoding(scale, torch.zeros_like(scale, dtype=torch.int32), table)
 
 
 class _LearnedScale(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sqcompile.errors import InputError
 from sqcompile.quantization import Codebook, Format, affine
-from sqcompile.quantization.lookup import Fitted, encode, fake_lookup, fit, lookup
+from sqcompile.quantization.lookup import Fitted, encode, fake_lookup, fit, lookup, nearest_entries
 
 TABLES = ["nf", "tanh", "sigmoid", "mu-law", "log2", "codebook"]
 
@@ -48,6 +48,32 @@ def test_codes_are_of_the_nearest_entry(entries: list[int], values: list[float])
     distance = (lookup(codes, table).double() - steps.double()).abs().numpy()
     every = np.abs(steps.double().numpy()[:, None] - np.array(entries, dtype=float)[None])
     np.testing.assert_array_equal(distance, every.min(1))
+
+
+@pytest.mark.parametrize("word", ["nf", "tanh@2", "mu-law@20", "log2"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_of_values_become_those_of_the_nearest_entries(word: str, bits: int) -> None:
+    table = Format.parse(f"int{bits}:mapping={word}").mapping.table(bits)
+    found = nearest_entries(table)
+    assert found.dtype == torch.uint8 and found.shape == (256,)
+    entries = table.double().numpy()
+    steps = np.arange(256) - 128.0
+    np.testing.assert_array_equal(
+        np.abs(found.double().numpy() - 128 - steps), np.abs(steps[:, None] - entries[None]).min(1)
+    )
+    assert int(found[128]) == 128  # zero stays zero
+    assert torch.equal(found[found.long()], found)  # and entries stay what they are
+
+
+def test_values_in_training_are_what_their_codes_will_restore() -> None:
+    x, table = heavy_tailed(7, 96), Format.parse("int3:mapping=tanh@2").mapping.table(3)
+    scale, zero = x.abs().max() / 127, torch.tensor(128, dtype=torch.int32)
+    codes = affine.quantize(x, scale, zero, None, None, 0, 255, torch.uint8)
+    wanted = affine.dequantize(lookup(codes, nearest_entries(table)), scale, zero, None, None)
+    found = fake_lookup(x, scale, table, None, None, True)
+    assert torch.equal(found, wanted)
+    # Without the step between, some values that lie between two entries go to the other one.
+    assert not torch.equal(fake_lookup(x, scale, table, None, None), wanted)
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])

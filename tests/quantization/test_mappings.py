@@ -109,7 +109,7 @@ def test_fitted_parameters_survive_their_text() -> None:
         ("int4:mapping=nf@2", "takes no parameter"),
         ("int5:mapping=nf", "2 to 4 bits"),
         ("int4:affine:mapping=nf", "int4:tensor:mapping=nf"),
-        ("int4:dynamic:mapping=nf", "leave out"),
+        ("int4:dynamic:mapping=tanh", "write the parameter"),
         ("int4:narrow:mapping=nf", "leave out"),
     ],
 )

@@ -248,6 +248,13 @@ def node_argument_of(node: fx.Node) -> fx.Node:
     return source
 
 
+@lowers(sq.lookup.default)
+def _lookup(context: Lowering, node: fx.Node) -> Value:
+    """Codes of values that a table has the entries of."""
+    codes, table = context.value(node_argument(node, 0), "i64"), context.value(node_argument(node, 1))
+    return context.step("index", [table, codes], dtype_of(node), context.shape(node), (0,))
+
+
 @lowers(sq.dequantize.default, check=lambda node: _ungrouped(node, 3))
 def _dequantize(context: Lowering, node: fx.Node) -> Value:
     codes, scale, zero_point = (node_argument(node, position) for position in range(3))

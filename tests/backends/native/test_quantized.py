@@ -20,6 +20,7 @@ from sqcompile.pipeline import PassContext
 from sqcompile.pipeline.manager import PassManager
 from sqcompile.program import Program
 from sqcompile.quantization.format import Format
+from sqcompile.quantization.lookup import nearest_entries
 from sqcompile.tracing import trace
 
 Lower = Callable[[Program], NativeArtifact]
@@ -129,6 +130,56 @@ def test_scales_from_the_data_are_the_references(text: str, lower: Lower, load: 
     )
     names = {name for name, _ in session.model.steps}
     assert ("quantize_rows" in names) is FROM_DATA[text]
+
+
+class LookedUp(nn.Module):
+    """Values of which only a table's entries are left, for a scale that is known or from the data."""
+
+    entries: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, text: str, known: bool) -> None:
+        super().__init__()
+        format = Format.parse(text)
+        self.known, self.pair = known, format.granularity.pair
+        self.register_buffer("entries", nearest_entries(format.mapping.table(format.bits)))
+        self.register_buffer("scale", torch.tensor(0.02))
+        self.register_buffer("zero_point", torch.tensor(128, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        options = (*self.pair, 0, 255)
+        scale, zero_point = self.scale, self.zero_point
+        if not self.known:
+            scale, zero_point = sq.dynamic_scale(x, *options, True)
+        codes = sq.lookup(sq.quantize(x, scale, zero_point, *options), self.entries)
+        return codes, sq.dequantize(codes, scale, zero_point, *options)
+
+
+@pytest.mark.parametrize("columns", [16, 18, 3])
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        pytest.param("int4:mapping=nf", True, id="static"),
+        pytest.param("int4:mapping=tanh@2", False, id="tensor"),
+        pytest.param("int3:token:dynamic:mapping=mu-law@10", False, id="token"),
+    ],
+)
+def test_values_are_looked_up_as_the_reference_does(
+    text: str, known: bool, columns: int, lower: Lower, load: Load
+) -> None:
+    check(LookedUp(text, known), [values(2, 7, columns), values(2, 7, columns, seed=3) * 5], lower, load)
+
+
+@pytest.mark.parametrize("text", ["int4:token:dynamic:mapping=nf", "int4:dynamic:mapping=tanh@2"])
+def test_layers_of_values_with_tables_are_integer_products(text: str, lower: Lower, load: Load) -> None:
+    x = values(6, 24)
+    program = trace(nn.Sequential(nn.Linear(24, 8)).eval(), (x,))
+    passes = [QuantizeWeights(activation=Format.parse(text))]
+    PassManager(passes).run(program, PassContext())
+    session = load(lower(program))
+    torch.testing.assert_close(session(x), program(x).detach(), rtol=1e-5, atol=1e-5)
+    assert {"index", "linear_q8"} <= {name for name, _ in session.model.steps}
 
 
 def test_values_that_are_no_numbers_reach_the_output(lower: Lower, load: Load) -> None:

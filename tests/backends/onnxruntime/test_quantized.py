@@ -388,6 +388,22 @@ def test_tables_are_looked_up_at_load(mapping: str, granularity: str, lower: Low
     torch.testing.assert_close(load(artifact)(ids), program(ids).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["int4:token:dynamic:mapping=nf", "int4:dynamic:mapping=tanh@2", "int3:token:dynamic:mapping=log2"],
+)
+def test_values_are_looked_up(text: str, lower: Lower, load: Load) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 24)
+    program = trace(nn.Sequential(nn.Linear(24, 8)).eval(), (x,))
+    PassManager([QuantizeWeights(activation=Format.parse(text))]).run(program, PassContext())
+    artifact = lower(program)
+    gathers = [node for node in artifact.model.graph if node.op_type == "Gather"]
+    (table, _) = gathers[0].inputs
+    assert len(gathers) == 1 and table is not None and table.dtype == ir.DataType.UINT8
+    torch.testing.assert_close(load(artifact)(x), program(x).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_scales_in_another_shape_are_stored_once(quantizer: Any, lower: Lower) -> None:
     """A scale that became a factor beside its weight is not left in the file as well."""
     torch.manual_seed(0)

@@ -249,3 +249,40 @@ def test_scales_are_those_of_the_observed_range() -> None:
     assert quantize.args[5:] == (-128, 127)
     assert torch.equal(program.tensor("input_1_scale"), x.abs().max() / 127)
     assert len(calls(program, DEQUANTIZE)) == 3  # the value, the weight, the bias
+
+
+@pytest.mark.parametrize("mapping", ["tanh", "codebook", "nf", "log2"])
+def test_values_with_a_table_are_looked_up(mapping: str) -> None:
+    """What was left open is fitted to the histogram: nearer than even steps, for values with long tails."""
+    x = values(64, 16) * values(64, 16, seed=2).exp()
+    model = settled(nn.Linear(16, 4))
+    program, linear = (
+        frozen(model, x, activation=Format.parse(text)) for text in (f"int4:mapping={mapping}", "int4")
+    )
+    entries = program.tensor("input_1_entries")
+    assert entries.shape == (256,) and 8 <= len(set(entries.tolist())) <= 16 and int(entries[128]) == 128
+    (lookup,) = calls(program, torch.ops.sqcompile.lookup.default)
+    (quantize, *_), (dequantize, *_) = calls(program, QUANTIZE), lookup.users
+    assert lookup.args[0] is quantize and dequantize.args[1] is quantize.args[1]
+    scale = program.tensor("input_1_scale")
+    codes = (x / scale).round().clamp(-128, 127).long() + 128
+    restored = (entries[codes].float() - 128) * scale
+    weight = constant_value(program, layers_of(program)[0].weight_value)
+    bias = constant_value(program, layers_of(program)[0].bias)  # type: ignore[arg-type]
+    assert weight is not None and bias is not None
+    torch.testing.assert_close(program(x), nn.functional.linear(restored, weight, bias), rtol=1e-5, atol=1e-5)
+    even = calls(linear, QUANTIZE)[0]
+    step = linear.tensor(str(even.args[1].target))  # type: ignore[union-attr]
+    plain = (x / step).round().clamp(-8, 7) * step
+    if mapping in ("tanh", "codebook"):
+        assert (restored - x).square().mean() < 0.8 * (plain - x).square().mean()
+
+
+def test_a_range_alone_is_covered_by_a_table_that_is_known() -> None:
+    x = values(32, 16)
+    model = settled(nn.Linear(16, 4))
+    program = frozen(model, x, activation=Format.parse("int4:mapping=nf"), observer=MinMax())
+    assert float(program.tensor("input_1_scale")) == pytest.approx(float(x.abs().max()) / 127)
+    with pytest.raises(CalibrationError, match="range alone") as caught:
+        frozen(model, x, activation=Format.parse("int4:mapping=tanh"), observer=MinMax())
+    assert "histogram-mse" in str(caught.value) and "mapping=tanh" in str(caught.value)

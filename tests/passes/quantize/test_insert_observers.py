@@ -350,14 +350,16 @@ def test_refuses_formats_that_are_not_static(text: str) -> None:
         parse_pass(text)
 
 
-def test_weights_may_have_tables_and_values_may_not() -> None:
-    program = insert(
-        settled(nn.Linear(4, 2)), values(3, 4), weight=Format.parse("int4:channel=0:mapping=tanh")
-    )
+def test_weights_and_values_may_have_tables() -> None:
+    model = settled(nn.Linear(4, 2), nn.Sigmoid(), nn.Linear(2, 2))
+    weight, activation = Format.parse("int4:channel=0:mapping=tanh"), Format.parse("int4:mapping=codebook")
+    program = insert(model, values(3, 4), weight=weight, activation=activation)
     assert program.observers["0.weight"].format.mapping.word == "tanh"
-    for text in ("activation=int4:mapping=nf", "activation-formats={fc:int4:mapping=nf}"):
-        with pytest.raises(PassOptionError, match="tables are for weights"):
-            parse_pass(f"insert-observers{{{text}}}")
+    assert program.observers["input_1"].format == activation
+    # A range that is known beforehand says nothing about the table that fits.
+    assert program.observers["sigmoid"].observer == InsertObservers().observer
+    known = insert(model, values(3, 4), activation=Format.parse("int4:mapping=nf"))
+    assert known.observers["sigmoid"].observer.word == "fixed"
 
 
 def test_reads_and_writes_its_options_as_text() -> None:

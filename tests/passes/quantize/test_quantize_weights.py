@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sqcompile import Program, trace
-from sqcompile.errors import InputError, PassOptionError, SelectionError, VerifyError
+from sqcompile.errors import FormatError, InputError, PassOptionError, SelectionError, VerifyError
 from sqcompile.evaluate import constant_value
 from sqcompile.layers import layers_of
 from sqcompile.passes import ApplyMasks, MaskWeights, QuantizeWeights
@@ -412,3 +412,24 @@ def test_codes_outside_of_their_table_are_found() -> None:
     with pytest.raises(VerifyError, match="Stored codes are out of their table") as caught:
         verify_program(program)
     assert "0 to 7" in str(caught.value)
+
+
+def test_data_with_a_table_is_looked_up() -> None:
+    x = values(5, 16)
+    program, _ = quantize(
+        nn.Sequential(nn.Linear(16, 4)), x, activation=Format.parse("int4:token:dynamic:mapping=tanh@2")
+    )
+    entries = program.tensor("input_1_entries").float() - 128
+    assert len(set(entries.tolist())) == 16
+    scale = x.abs().amax(1, keepdim=True) / 127
+    codes = (x / scale).round().clamp(-128, 127).long() + 128
+    bias = program.tensor("0.bias")
+    wanted = nn.functional.linear(entries[codes] * scale, weights(program)["0"], bias)
+    torch.testing.assert_close(program(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mapping", ["tanh", "codebook", "mu-law"])
+def test_tables_of_data_have_to_be_known(mapping: str) -> None:
+    with pytest.raises(FormatError, match="known beforehand") as caught:
+        Format.parse(f"int4:token:dynamic:mapping={mapping}")
+    assert "tanh@2" in str(caught.value) and "insert-observers" in str(caught.value)

@@ -184,6 +184,26 @@ def test_tables_freeze_to_lookups_with_what_was_learned(mapping: str) -> None:
     assert float(difference.max()) < 0.015 * largest and float(difference.mean()) < 0.003 * largest
 
 
+def test_values_with_tables_are_trained_as_they_will_be_looked_up() -> None:
+    outputs: list[torch.Tensor] = []
+
+    def train(module: nn.Module) -> None:
+        fit(module)
+        outputs.append(module(X).detach())
+
+    program = trace(model(), (X,))
+    observe = InsertObservers(activation=Format.parse("int4:mapping=tanh"))
+    context = PassContext(calibration=Calibration([X], program.signature))
+    PassManager([observe, Calibrate(), TrainQuantized(train=train)]).run(program, context)
+    states = [state for name, state in program.observers.items() if "." not in name]
+    assert states and all(isinstance(state, LearnedState) and state.table is not None for state in states)
+    after = frozen(program)
+    assert after.text().count("lookup(") == len(states)
+    largest = float(outputs[0].abs().max())
+    difference = (after.run([X])[0] - outputs[0]).abs()  # biases are int32 now
+    assert float(difference.mean()) < 0.01 * largest
+
+
 def test_masked_tables_stay_masked() -> None:
     program = tabled("codebook", MaskWeights(sparsity=0.5))
     after = frozen(program, TrainQuantized(train=fit))
