@@ -27,9 +27,10 @@ from sqcompile.backends.onnxruntime.generation.rewrite import NoGenerationError,
 from sqcompile.backends.onnxruntime.generation.sampling import Sampling
 from sqcompile.backends.onnxruntime.lower import lower_generating
 from sqcompile.backends.onnxruntime.session import OnnxSession
+from sqcompile.calibration import Calibration
 from sqcompile.errors import BackendError, InputError
 from sqcompile.passes.prune import ApplyMasks, MaskWeights
-from sqcompile.passes.quantize import QuantizeWeights
+from sqcompile.passes.quantize import QuantizeCache, QuantizeWeights
 from sqcompile.pipeline import Pass, PassContext
 from sqcompile.pipeline.manager import PassManager
 from sqcompile.program import Program
@@ -166,6 +167,35 @@ def test_quantized_products_stay_as_they_are(
     # A value that lies between two codes of the activation may be rounded either way: some steps of 1/255.
     bound = CLOSE if pipeline == "nf4" else 0.02 * np.abs(expected).max()
     assert np.abs(_in_pieces(session.generator(), TEXT, (5, 1)) - expected).max() < bound
+
+
+def test_an_int8_cache_gives_what_the_program_computes(load: Callable[[OnnxArtifact], OnnxSession]) -> None:
+    """Keys and values rounded with the same scales, whether they come from the cache or from this call."""
+    entry = ZOO["llama"]
+    program = trace(entry.make(), entry.inputs(), dynamic_shapes=entry.dynamic_shapes)
+    batches = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1)),)]
+    plain = program.snapshot()
+    # Tables of weights are multiplied in float32 here, so that nothing else is rounded at run time.
+    weights = QUANTIZED["nf4"]
+    PassManager(weights).run(plain, PassContext())
+    PassManager([*weights, QuantizeCache()]).run(
+        program, PassContext(calibration=Calibration(batches, program.signature))
+    )
+    artifact = BACKEND.lower(program)
+    assert isinstance(artifact, OnnxArtifact)
+    session = load(artifact)
+    generator = session.generator()
+    assert {item.dtype for item in generator.generation.caches} == {"int8"}
+    whole = _whole(program.run, 1, TEXT)
+    bound = 0.01 * np.abs(whole).max()  # a value between two codes may be rounded either way
+    for pieces in ((len(TEXT),), (5, 1), (3, 2)):
+        assert np.abs(_in_pieces(generator, TEXT, pieces) - whole).max() < bound
+    prompts = [TEXT[:5], TEXT[2:9]]
+    for row, tokens in enumerate(session.generate(prompts, 12)):
+        logits = _whole(program.run, 1, tokens)
+        for place in range(len(prompts[row]), len(tokens)):
+            assert logits[place - 1].max() - logits[place - 1, tokens[place]] < 2 * bound
+    assert not np.allclose(whole, _whole(plain.run, 1, TEXT), atol=1e-6), "rounding keys changes something"
 
 
 def test_generate_continues_as_whole_sequences_do() -> None:
@@ -402,9 +432,16 @@ def test_a_loaded_folder_refuses_padding_before_tokens(tmp_path: Path) -> None:
 
 
 @cache
-def _trained(name: str, bits: int) -> sqcompile.Compiled:
-    passes = [QuantizeWeights(weight=Format.parse(f"uint{bits}:group=32:affine"))] if bits < 32 else []
-    return _compiled(data_folder() / name, passes=passes, verify="off")
+def _trained(name: str, bits: int, int8_cache: bool = False) -> sqcompile.Compiled:
+    passes: list[Pass] = (
+        [QuantizeWeights(weight=Format.parse(f"uint{bits}:group=32:affine"))] if bits < 32 else []
+    )
+    data = None
+    if int8_cache:
+        passes.append(QuantizeCache())
+        seen = torch.from_numpy(np.load(data_folder() / name / "tokens.npz")["calib"][:8].astype(np.int64))
+        data = [{"input_ids": rows} for rows in seen.split(4)]
+    return _compiled(data_folder() / name, passes=passes, calibration=data, verify="off")
 
 
 def _prompt(name: str) -> list[int]:
@@ -435,11 +472,32 @@ def test_trained_models_decode_as_the_reference_does(name: str) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("name", ["stories260K", "pycode-llama-5m"])
-def test_onnxruntime_genai_runs_the_saved_folder(name: str, bits: int, tmp_path: Path) -> None:
+def test_trained_models_choose_the_tokens_of_their_program_with_an_int8_cache(name: str) -> None:
+    compiled = _trained(name, 4, True)
+    prompt = _prompt(name)
+    tokens = compiled.generate([prompt], 40)[0]
+    logits = _whole(compiled.program.run, 1, tokens)
+    bound = 0.02 * float(np.abs(logits).max())  # rounding keys, values and activations at ties
+    chosen = logits[np.arange(len(prompt) - 1, len(tokens) - 1), tokens[len(prompt) :]]
+    assert (logits[len(prompt) - 1 : -1].max(-1) - chosen < 2 * bound).all()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("bits", "int8_cache"),
+    [
+        pytest.param(32, False, id="32"),
+        pytest.param(4, False, id="4"),
+        pytest.param(4, True, id="4-int8-cache"),
+    ],
+)
+@pytest.mark.parametrize("name", ["stories260K", "pycode-llama-5m"])
+def test_onnxruntime_genai_runs_the_saved_folder(
+    name: str, bits: int, int8_cache: bool, tmp_path: Path
+) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    compiled = _trained(name, bits)
+    compiled = _trained(name, bits, int8_cache)
     compiled.save(tmp_path / "saved")
     prompt = _prompt(name)
     model = genai.Model(str(tmp_path / "saved"))
