@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,11 @@ def main() -> None:
     parser.add_argument(
         "--targets", default="", help="only targets with this in their name, beside the dense"
     )
+    parser.add_argument(
+        "--methods",
+        default="",
+        help="only methods with one of these words in their name, beside each baseline",
+    )
     parser.add_argument("--rows", type=int, default=80, help="rows of calibration tokens")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -82,7 +87,10 @@ def main() -> None:
     wanted = [name for name in options.only.split(",") if name] or list(folders)
     rows: list[dict[str, Any]] = []
     for name in wanted:
-        rows += [{"model": name, **row} for row in measure(folders[name], options.rows, options.targets)]
+        words = options.methods.split(",")
+        rows += [
+            {"model": name, **row} for row in measure(folders[name], options.rows, options.targets, words)
+        ]
     table = Table("model", "compressed to", "method", "perplexity", "share of the baseline's rise", "seconds")
     for row in rows:
         share = "" if row["share"] is None else f"{row['share']:.3f}"
@@ -92,7 +100,9 @@ def main() -> None:
     write_json(options.json, "language_models", rows, calibration_rows=options.rows)
 
 
-def measure(folder: Path, count: int, only: str = "") -> Iterator[dict[str, Any]]:
+def measure(
+    folder: Path, count: int, only: str = "", words: Sequence[str] = ("",)
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each method; the first of each target is its baseline."""
     stored = {
         key: torch.from_numpy(value.astype(np.int64)) for key, value in np.load(folder / "tokens.npz").items()
@@ -105,6 +115,8 @@ def measure(folder: Path, count: int, only: str = "") -> Iterator[dict[str, Any]
             continue
         baseline = 0.0
         for method, passes in methods.items():
+            if baseline and not any(word in method for word in words):
+                continue
             print(f"{folder.name}, {target}: {method} …", file=sys.stderr, flush=True)
             started = time.perf_counter()
             compiled = sqcompile.compile(
@@ -114,6 +126,7 @@ def measure(folder: Path, count: int, only: str = "") -> Iterator[dict[str, Any]
             seconds = time.perf_counter() - started
             value = perplexity(compiled, stored["eval"])
             dense, baseline = dense or value, baseline or value
+            print(f"{value:.3f}", file=sys.stderr, flush=True)
             rise = baseline - dense
             yield {
                 "target": target,

@@ -131,7 +131,7 @@ def look_up(edit: Rewriter, codes: fx.Node, entries: Tensor, name: str) -> fx.No
         entries: What they become, uint8 [256]: `lookup.nearest_entries`.
         name: What the stored entries are called by.
     """
-    stored = edit.constant(f"{name}_entries", entries, like=codes)
+    stored = edit.constant(f"{name}_entries", entries.to(codes.meta["val"].device), like=codes)
     return edit.call(torch.ops.sqcompile.lookup.default, codes, stored, like=codes)
 
 
