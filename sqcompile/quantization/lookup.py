@@ -148,13 +148,20 @@ def fit(
     widest, _ = affine.scale_for_tensor(weight, Format(granularity=format.granularity, narrow=True))
     mapping, scale = _choose(weight, widest, format, errors)
     if search != "minmax":
-        scale, error = _best_scale(weight, widest, mapping.table(format.bits), format, errors)
+        scale, error = _best_scale(weight, widest, _table(mapping, format, weight), format, errors)
         if mapping != format.mapping:  # the table was chosen for other scales
             other, _ = _choose(weight, scale, format, errors)
-            other_scale, other_error = _best_scale(weight, widest, other.table(format.bits), format, errors)
+            other_scale, other_error = _best_scale(
+                weight, widest, _table(other, format, weight), format, errors
+            )
             if other_error < error:
                 mapping, scale = other, other_scale
-    return Fitted(mapping, mapping.table(format.bits).to(weight.device), scale)
+    return Fitted(mapping, _table(mapping, format, weight), scale)
+
+
+def _table(mapping: Mapping, format: Format, beside: Tensor) -> Tensor:
+    """Return a mapping's table where a tensor is."""
+    return mapping.table(format.bits).to(beside.device)
 
 
 def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tuple[Mapping, Tensor]:
@@ -174,7 +181,7 @@ def _choose(weight: Tensor, scale: Tensor, format: Format, errors: Tensor) -> tu
         return Codebook(entries), (scale / stretch).clamp(min=affine.SMALLEST_SCALE)
 
     def loss(mapping: Mapping) -> float:
-        table = mapping.table(format.bits)
+        table = _table(mapping, format, centers)
         return float(((lookup(encode(centers, table), table) - centers).square() * counts).sum())
 
     return min(candidates, key=loss), scale
