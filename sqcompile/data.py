@@ -65,6 +65,7 @@ class DataFile:
             samples = read_text(self, path, expected, source)
         else:
             samples = read_arrays(path, array, expected)
+        expected.check_tokens(samples, f"data file '{path}'")
         return Batches(samples, self, expected)
 
     def check(self) -> tuple[Path, str | None]:

@@ -24,11 +24,13 @@ class ExpectedInputs:
         names: Names in order; those that data may have.
         required: Names that data must have.
         values: What a traced model says about each, by name; empty before tracing.
+        vocabulary: Tokens that `input_ids` may be, if the model says how many it has embeddings for.
     """
 
     names: tuple[str, ...]
     required: frozenset[str]
     values: Mapping[str, Value] = field(default_factory=dict)
+    vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: Any) -> ExpectedInputs:
@@ -48,7 +50,7 @@ class ExpectedInputs:
         ]
         names = tuple(parameter.name for parameter in parameters)
         required = frozenset(p.name for p in parameters if p.default is p.empty)
-        return cls(names, required)
+        return cls(names, required, vocabulary=_vocabulary(model))
 
     @classmethod
     def _of_signature(cls, signature: Signature) -> ExpectedInputs:
@@ -71,6 +73,25 @@ class ExpectedInputs:
     def dtype(self, name: str) -> torch.dtype | None:
         """Return the element type of an input, or None if it is not known yet."""
         return self.values[name].dtype if name in self.values else None
+
+    def check_tokens(self, samples: Mapping[str, Any], where: str) -> None:
+        """Refuse tokens that the model has no embedding for.
+
+        Raises:
+            CalibrationError: If there are any: they are another tokenizer's.
+        """
+        tokens = samples.get("input_ids")
+        if self.vocabulary is None or tokens is None or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocabulary:
+            raise CalibrationError(
+                "Tokens are not those of the model's vocabulary.",
+                where=where,
+                seen=f"ids from {low} to {high}",
+                expected=f"ids from 0 to {self.vocabulary - 1}, which the model has embeddings for",
+                next_step="tokenize with the model's own tokenizer (--tokenizer names its folder)",
+            )
 
     def assign(self, arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Give every array the name of an input: its own, or by order for unnamed ones.
@@ -131,3 +152,15 @@ class ExpectedInputs:
                     expected=f"{describe_type(value.dtype, ['samples', *value.shape[1:]])}",
                     next_step="prepare the data as the model takes it; the first axis counts samples",
                 )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return for how many tokens a model of transformers has embeddings; None if it does not say."""
+    find = getattr(model, "get_input_embeddings", None)
+    if not callable(find):
+        return None
+    try:
+        count = getattr(find(), "num_embeddings", None)
+    except NotImplementedError:  # as models without tokens answer
+        return None
+    return count if isinstance(count, int) else None

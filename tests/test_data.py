@@ -282,6 +282,49 @@ def test_an_encoder_gets_one_padded_text_a_sample(text: str, tmp_path: Path) -> 
     assert 0 < int((batch["attention_mask"] == 0).sum())
 
 
+class Small(Llama):
+    """A model of transformers says how many tokens it knows."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(count, 2)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+def test_another_models_tokenizer_is_found_out(text: str) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(CalibrationError, match="not those of the model's vocabulary") as caught:
+        DataFile(text, context=16).open(Small(100), LLAMA)
+    assert "ids from 0 to 99" in str(caught.value) and "--tokenizer" in str(caught.value)
+    assert text in str(caught.value)
+    assert len(DataFile(text, context=16).open(Small(100_000), LLAMA))
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_tokens_in_arrays_are_checked_too(token: int, tmp_path: Path) -> None:
+    tokens = np.arange(48).reshape(4, 12)
+    np.savez(tmp_path / "x.npz", input_ids=tokens)
+    assert DataFile(str(tmp_path / "x.npz")).open(Small(50)).count == 4
+    tokens[2, 3] = token
+    np.savez(tmp_path / "x.npz", input_ids=tokens)
+    with pytest.raises(CalibrationError, match="vocabulary") as caught:
+        DataFile(str(tmp_path / "x.npz")).open(Small(50))
+    assert f"ids from {min(token, 0)} to {max(token, 47)}" in str(caught.value)
+
+
+class NoTokens(Small):
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_models_that_do_not_say_take_any_tokens(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", input_ids=np.full((2, 3), 10**6))
+    for model in (Llama(), NoTokens(5)):
+        assert DataFile(str(tmp_path / "x.npz")).open(model).count == 2
+
+
 def test_text_without_a_tokenizer_is_an_error(text: str) -> None:
     with pytest.raises(FileError, match="none beside the model") as caught:
         DataFile(text).open(Llama())
