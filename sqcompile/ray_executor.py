@@ -25,7 +25,8 @@ _CONNECT_S, _JOIN_S = 5.0, 60.0
 # Pieces of work under way for each that can run at a time: enough that no worker waits, few enough that what
 # they take does not pile up in the cluster's memory.
 _AHEAD = 2
-_QUIET = {"logging_level": "ERROR", "log_to_driver": False}
+# The user's own logging stays as it is.
+_QUIET = {"log_to_driver": False, "configure_logging": False}
 _JOIN = f"import sys, ray; ray.init(address=sys.argv[1], **{_QUIET!r})"
 
 
@@ -106,10 +107,10 @@ def open_cluster(address: str) -> Iterator[RayExecutor]:
             next_step="pip install 'sqcompile[ray]', or leave the address out to work in this process",
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the user's machines
-    ray = importlib.import_module("ray")
-    joined = ray.is_initialized()
+    ray: Any = sys.modules.get("ray")
+    joined = ray is not None and ray.is_initialized()
     if not joined:
-        _join(ray, address)
+        ray = _join(address)
     try:
         yield RayExecutor(ray, address)
     finally:
@@ -117,10 +118,10 @@ def open_cluster(address: str) -> Iterator[RayExecutor]:
             ray.shutdown()
 
 
-def _join(ray: Any, address: str) -> None:
+def _join(address: str) -> Any:
+    """Connect this process, and return the module; it is not even imported where nobody answers."""
     if address == "local":
-        ray.init(address="local", include_dashboard=False, **_QUIET)
-        return
+        return _started(address, include_dashboard=False)
     _require_answer(address)
     # Where nobody answers as Ray does, Ray tries for minutes and then ends the process: so another one tries first.
     try:
@@ -136,7 +137,16 @@ def _join(ray: Any, address: str) -> None:
     if tried.returncode:
         lines = [line for line in tried.stderr.splitlines() if line.strip()]
         raise _unreachable(address, lines[-1].strip() if lines else f"exit status {tried.returncode}")
-    ray.init(address=address, **_QUIET)
+    return _started(address)
+
+
+def _started(address: str, **options: Any) -> Any:
+    ray = importlib.import_module("ray")
+    try:
+        ray.init(address=address, **_QUIET, **options)
+    except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+        raise _unreachable(address, _last_line(error)) from error
+    return ray
 
 
 def _require_answer(address: str) -> None:
