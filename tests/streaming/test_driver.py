@@ -210,6 +210,25 @@ def test_memory_that_is_too_little_is_refused_before_any_work(
     compiled(traced, passes, batches, work_dir=tmp_path, max_memory=enough)
 
 
+def test_a_peak_above_the_cap_is_an_error_and_loses_nothing(
+    traced: Program, batches: Batches, passes: list[Pass], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = compiled(traced, passes, batches, work_dir=tmp_path / "whole")
+    cap = memory.resident_bytes() + 10**9
+    peaks = iter([cap // 2, cap, cap + 3 * 10**7])
+    monkeypatch.setattr(memory, "peak_bytes", lambda: next(peaks))
+    with pytest.raises(MemoryLimitError, match="too little") as caught:
+        compiled(traced, passes, batches, work_dir=tmp_path / "work", max_memory=cap)
+    text = str(caught.value)
+    assert f"a peak of {(cap + 3 * 10**7) / 1e9:.2f}GB" in text and "part 'model.layers.1'" in text
+    assert "parts that are done stay done" in text
+    done = contents(tmp_path / "work")
+    assert len(done) == 3
+    monkeypatch.undo()
+    found = compiled(traced, passes, batches, work_dir=tmp_path / "work", max_memory=4 * cap)
+    assert equal(wanted, found) and done.items() <= contents(tmp_path / "work").items()
+
+
 def test_patterns_that_match_nothing_in_the_whole_model_are_refused(
     traced: Program, batches: Batches, tmp_path: Path
 ) -> None:
