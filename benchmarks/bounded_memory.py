@@ -6,9 +6,9 @@
 Writes a random Llama of 1.1 billion parameters (hidden 2048, intermediate 5632, 22 layers, 32 and 4 heads,
 32000 tokens) as a Hugging Face folder in bfloat16 shards if the folder has none, and rounds it to 4 bits with
 GPTQ, part by part, in a process of its own whose peak of resident memory the system reports; with `--method wanda`
-it zeros half of the weights and rounds to nearest, which takes a tenth of the time. With `--kills` instead, a
-process is killed at random moments and another one goes on until all is done, and the files are compared with
-those of a run that was left alone. `--small`: 12 layers of width 256.
+it zeros half of the weights and rounds to nearest, which takes a tenth of the time. With `--kills` the model is
+compressed once more, by processes that are killed at random moments, each going on from what is there, and the
+files are compared with those of the run that was left alone. `--small`: 12 layers of width 256.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import math
 import random
 import shutil
 import signal
@@ -74,7 +74,9 @@ def main() -> None:
     options.max_memory = options.max_memory or ("1.5GB" if options.small else "4GB")
     options.folder = options.folder / f"{sizes['hidden_size']}x{layers}"
     write_model(options.folder / "model", sizes, layers)
-    rows = [measure_kills(options) if options.kills else measure(options)]
+    rows = [measure(options, options.folder / "whole")]
+    if options.kills:
+        rows.append(measure_kills(options, rows[0]))
     table = Table("run", "parameters", "parts", "seconds", "peak of memory", "files")
     for row in rows:
         table.add_row(
@@ -82,37 +84,66 @@ def main() -> None:
             f"{row['parameters'] / 1e6:.0f} million",
             str(row["parts"]),
             f"{row['seconds']:.0f}",
-            f"{row['peak_bytes'] / 1e9:.2f} GB of {options.max_memory}" if row["peak_bytes"] else "",
+            f"{row['peak_bytes'] / 1e9:.2f} GB of {options.max_memory}",
             row["files"],
         )
     Console(width=120).print(table)
     write_json(options.json, "bounded_memory", rows, max_memory=options.max_memory)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Compress once, undisturbed; what was done before is not used."""
-    work = options.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     started = time.perf_counter()
-    result, peak = watched(command(options, work))
-    seconds = time.perf_counter() - started
-    return {"run": "undisturbed", "seconds": seconds, "files": digest(work), "peak_bytes": peak, **result}
+    run = Run(options, work)
+    run.wait()
+    result = run.result()
+    return {
+        "run": "undisturbed",
+        "seconds": time.perf_counter() - started,
+        "start_seconds": run.start_seconds,
+        "files": digest(work),
+        "peak_bytes": run.peak_bytes,
+        **result,
+    }
 
 
-def watched(parts: list[str]) -> tuple[dict[str, Any], int]:
-    """Run a process to its end; return what it says, and the most resident memory that it ever had.
+class Run:
+    """A process that compresses the model, and the most resident memory that it ever had.
 
     The system keeps the peak; it is read often, since the process starts it anew with each part.
     """
-    child = subprocess.Popen(parts, stdout=subprocess.PIPE)
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, peak_of(child.pid))
-        time.sleep(0.05)
-    assert child.stdout is not None
-    if child.returncode:
-        raise SystemExit(f"the run failed with {child.returncode}")
-    return json.loads(child.stdout.read()), peak
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self._process = subprocess.Popen(command(options, work), stdout=subprocess.PIPE)
+        self._job = work / "job.json"
+        self._started = time.perf_counter()
+        self.start_seconds = 0.0
+        self.peak_bytes = 0
+
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Wait for the end, for some seconds at most; return whether it has ended."""
+        while self._process.poll() is None:
+            now = time.perf_counter() - self._started
+            if now > seconds:
+                return False
+            if not self.start_seconds and self._job.is_file():
+                self.start_seconds = now
+            self.peak_bytes = max(self.peak_bytes, peak_of(self._process.pid))
+            time.sleep(0.05)
+        return True
+
+    def kill(self) -> None:
+        """End it as `kill -9` does."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def result(self) -> dict[str, Any]:
+        """What it says at its end."""
+        text, _ = self._process.communicate()
+        if self._process.returncode:
+            raise SystemExit(f"the run failed with {self._process.returncode}")
+        return json.loads(text)
 
 
 def peak_of(process: int) -> int:
@@ -125,68 +156,47 @@ def peak_of(process: int) -> int:
     return int(found[0][1]) * 1024 if found else 0
 
 
-def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
-    """Compress, killed at random moments of a run's usual time; each time go on from what is there.
+def measure_kills(options: argparse.Namespace, whole: dict[str, Any]) -> dict[str, Any]:
+    """Compress in processes that are killed at random moments; each goes on from what the one before left.
 
-    The model is traced once, and children of this process compress it: their time is that of the work.
+    The moments are such that the work takes about as many processes as are to be killed.
     """
-    import sqcompile
-
-    # A child of a process whose operators run on threads of OpenMP would wait for them forever.
-    torch.set_num_threads(1)
-    program = traced(options)
-    whole, work = options.folder / "whole", options.folder / "killed"
-    started = time.perf_counter()
-    shutil.rmtree(whole, ignore_errors=True)
-    compiled = compress_program(program, options, whole)
-    seconds = time.perf_counter() - started
+    work = options.folder / "killed"
     shutil.rmtree(work, ignore_errors=True)
     chance = random.Random(options.seed)
-    kills, done = 0, []
+    step = (whole["seconds"] - whole["start_seconds"]) / options.kills
+    started = time.perf_counter()
+    kills, done, peak = 0, [], 0
     while kills < options.kills:
-        child = os.fork()
-        if child == 0:
-            compress_program(program, options, work)
-            os._exit(0)
-        time.sleep(chance.uniform(0.02, 0.4) * seconds)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):  # it was done: begin anew, to be killed as often as promised
-            done.append("done")
+        run = Run(options, work)
+        ended = run.wait(whole["start_seconds"] + chance.uniform(0, 2 * step))
+        peak = max(peak, run.peak_bytes)
+        if ended:  # begin anew, to be killed as often as promised
+            run.result()
+            done.append("all")
             shutil.rmtree(work)
             continue
+        run.kill()
         kills += 1
         done.append(str(len(list(work.glob("part-*.json")))))
-        if kills < options.kills and int(done[-1]) == len(list(whole.glob("part-*.json"))):
-            shutil.rmtree(work)  # nothing is left to be cut off
-    compress_program(program, options, work)
-    same = contents(work) == contents(whole)
+    run = Run(options, work)
+    run.wait()
+    result = run.result()
+    same = contents(work) == contents(options.folder / "whole")
     print(f"parts that were done after each kill: {', '.join(done)}", file=sys.stderr)
-    assert isinstance(compiled, sqcompile.Compiled)
     return {
-        "run": "killed",
+        "run": f"killed {kills} times",
         "seconds": time.perf_counter() - started,
-        "files": f"{digest(work)}: {'identical' if same else 'DIFFERENT'} after {kills} kills",
+        "files": f"{digest(work)}: {'identical' if same else 'DIFFERENT'}",
         "done": done,
-        "peak_bytes": 0,
-        "parameters": compiled.report.original.parameters,
-        "parts": len(list(work.glob("part-*.pt2"))),
+        "peak_bytes": max(peak, run.peak_bytes),
+        **result,
     }
 
 
 def contents(work: Path) -> dict[str, str]:
     """A hash of each part."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in work.glob("part-*.pt2")}
-
-
-def traced(options: argparse.Namespace) -> Any:
-    """The whole model in memory as a program."""
-    from sqcompile.api import trace_any
-    from sqcompile.models import load_model
-
-    folder = options.folder / "model"
-    inputs = ((), {"input_ids": torch.zeros(1, options.context, dtype=torch.long)})
-    return trace_any(load_model(folder), inputs, None, source=folder)
 
 
 def command(options: argparse.Namespace, work: Path) -> list[str]:
@@ -198,7 +208,7 @@ def command(options: argparse.Namespace, work: Path) -> list[str]:
 
 def compress(options: argparse.Namespace) -> dict[str, Any]:
     """Compress in this process, and say what became of the model."""
-    compiled = compress_program(options.folder / "model", options, options.work)
+    compiled = compress_folder(options.folder / "model", options, options.work)
     return {
         "parameters": compiled.report.original.parameters,
         "parts": len(list(options.work.glob("part-*.pt2"))),
@@ -206,7 +216,7 @@ def compress(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compress_program(model: Any, options: argparse.Namespace, work: Path) -> Any:
+def compress_folder(model: Path, options: argparse.Namespace, work: Path) -> Any:
     """Compress a model part by part."""
     import logging
     import warnings

@@ -34,7 +34,6 @@ import sqcompile
 from sqcompile.passes import (
     AWQ,
     GPTQ,
-    AdaRound,
     ApplyMasks,
     FoldQDQ,
     MaskWeights,
@@ -114,6 +113,7 @@ def measure(data: Path, pairs: int, only: str) -> Iterator[dict[str, Any]]:
             seconds = time.perf_counter() - started
             found = encoded(compiled, compared)
             loss = 1 - float((found * dense).sum(-1).mean())
+            print(f"{loss:.5f}", file=sys.stderr, flush=True)
             baseline = baseline or loss
             yield {
                 "target": target,
@@ -145,7 +145,6 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
                 "AWQ, ranges by MSE": rounded(
                     AWQ(weight=weight), QuantizeWeights(weight=weight, search="mse", formats=EIGHT_BITS)
                 ),
-                "AdaRound": rounded(AdaRound(weight=weight, formats=EIGHT_BITS)),
                 "GPTQ": rounded(GPTQ(weight=weight, formats=EIGHT_BITS)),
             }
         yield f"{bits} bits", methods
