@@ -1,11 +1,16 @@
 """A small CNN on scikit-learn's handwritten digits: trained in seconds, for demos and tests.
 
+    python examples/digits_cnn.py [--output build/digits]    # model.pt2, calibration.npz, test.npz
+
 Small as it is, it holds what the passes look for: batch norms to fold, a residual sum that ties
 channels together, a depthwise block, and a convolution whose channels feed only one layer.
 """
 
+import argparse
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -94,11 +99,28 @@ def train_digits_cnn(seed: int = 0, epochs: int = 15) -> tuple[DigitsCNN, Digits
     return model.eval(), data
 
 
+def write(folder: Path, model: nn.Module, data: Digits) -> None:
+    """Write what the command line takes: the model, images to calibrate with, and others with their labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (data.train_images[:8],), dynamic_shapes={"x": {0: batch}})
+    torch.export.save(program, folder / "model.pt2")
+    np.savez(folder / "calibration.npz", x=data.train_images[:256].numpy())
+    np.savez(folder / "test.npz", x=data.test_images.numpy(), labels=data.test_labels.numpy())
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="folder for the model and its data")
+    options = parser.parse_args()
     model, data = train_digits_cnn()
     parameters = sum(p.numel() for p in model.parameters())
     share = accuracy(model, data.test_images, data.test_labels)
     print(f"{parameters:,} parameters, {share:.2%} of {len(data.test_labels)} test images")
+    if options.output:
+        write(options.output, model, data)
 
 
 if __name__ == "__main__":

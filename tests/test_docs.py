@@ -113,6 +113,21 @@ def test_the_chinese_readme_says_the_same() -> None:
     assert len(found[0][0]) > 30 and len(found[0][1]) > 10 and found[0][2]
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.zh-CN.md")), ids=name_of)
+def test_translations_have_the_figures_and_commands_of_the_original(page: Path) -> None:
+    found = []
+    for text in (page.read_text(encoding="utf-8"), Path(str(page).replace(".zh-CN", "")).read_text("utf-8")):
+        figures = [
+            re.findall(r"[\d.]+ ?(?:x|%|MB|kB|dB|µs)", line)
+            for line in text.splitlines()
+            if "│" in line or "| " in line
+        ]
+        commands = re.findall(r"^    ((?:sqcompile|python|pip|cd) .*)$", text, flags=re.M)
+        found.append(([item for line in figures for item in line], commands))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 10 and len(found[0][1]) > 5
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```|^    .*?$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -132,12 +147,20 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_generated_pages_are_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "tools" / "make_docs.py")
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    make_docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_docs)
-    assert make_docs.stale_pages() == [], "run: python tools/make_docs.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_current() -> None:
+    assert tool("make_docs").stale_pages() == [], "run: python tools/make_docs.py"
+
+
+def test_figures_are_those_of_the_benchmarks() -> None:
+    assert tool("make_figures").stale_figures() == [], "run: python tools/make_figures.py"
 
 
 def test_the_layout_in_the_architecture_exists() -> None:

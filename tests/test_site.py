@@ -26,7 +26,8 @@ def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"([\w./-]+\.md)", text))
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     pages = {page for page in pages if not page.startswith("decisions/")}  # added by tools/site_hooks.py
-    made = {"contributing.md", "changelog.md", "readme.md", "readme.zh-CN.md"}  # from outside of docs/, by the same
+    # From outside of docs/, by the same.
+    made = {"contributing.md", "changelog.md", "readme.md", "readme.zh-CN.md"}
     assert listed == pages | made
 
 
