@@ -297,7 +297,9 @@ def jobs() -> Iterator[tuple[str, dict[str, Passes]]]:
             ],
             "SparseGPT, then GPTQ": [*pruned(SparseGPT(**half)), gptq, FoldQDQ()],
             "SparseGPT with refit, then GPTQ": [*pruned(SparseGPT(**half, refit=True)), gptq, FoldQDQ()],
-            "both in one sweep": rounded(GPTQ(weight=four, formats=EIGHT_BITS, sparsity=0.5)),
+            "both in one sweep": rounded(
+                GPTQ(weight=four, formats=EIGHT_BITS, sparsity=0.5, unpruned=("kind:head",))
+            ),
         },
     )
 

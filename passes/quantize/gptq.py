@@ -10,6 +10,7 @@ from sqcompile.layers import Layer
 from sqcompile.levels import Level
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
+from sqcompile.pruning import choose_layers
 from sqcompile.quantization.affine import Search
 from sqcompile.quantization.format import Format, PerGroup
 from sqcompile.quantization.scheme import Override
@@ -53,6 +54,7 @@ class GPTQ(Pass):
         damping: What is added to the Hessian's diagonal, as a share of its mean.
         sparsity: Fraction of each weight to zero in the same sweep, or None.
         pattern: `unstructured`, N of M along the inputs (`2:4`), or blocks of outputs × inputs (`1x4`).
+        unpruned: Patterns of layers that are rounded, and lose nothing; `kind:head`: those that make the outputs.
         layers: Patterns of the layers to quantize.
         exclude: Patterns of layers to leave in floating point.
         formats: Other formats, by pattern or `kind:…`; `float` leaves the layer as it is.
@@ -71,6 +73,7 @@ class GPTQ(Pass):
     damping: float = 0.01
     sparsity: float | None = None
     pattern: Pattern = Pattern()
+    unpruned: tuple[str, ...] = ()
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     formats: tuple[Override, ...] = ()
@@ -96,11 +99,15 @@ class GPTQ(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose formats, sweep the layers in order, and store their codes."""
         edit = Rewriter(program, self.name)
+        pruned = set()
+        if self._prunes:
+            chosen = choose_layers(program, ("*",), self.unpruned, (), where=f"pass {self.name}")
+            pruned = {layer.node for layer in chosen}
         swept = round_layers(
             edit,
             context,
             Choice(self.weight, self.formats, self.search, self.layers, self.exclude, grid_obstacle),
-            lambda layer, format: self._rounding(program, layer, format),
+            lambda layer, format: self._rounding(program, layer, format, layer.node in pruned),
             max_bytes=self.max_bytes,
             with_dense=self.dense_targets,
             where=f"pass {self.name}",
@@ -110,7 +117,9 @@ class GPTQ(Pass):
         forget_unused_promises(program)
         return PassResult(edit.changes, facts={"swept": swept})
 
-    def _rounding(self, program: Program, layer: Layer, format: Format) -> Callable[[Hessian], Rounded]:
+    def _rounding(
+        self, program: Program, layer: Layer, format: Format, prunes: bool
+    ) -> Callable[[Hessian], Rounded]:
         promise = promised(program, layer.weight_value, layer.weight)
         return partial(
             round_weight,
@@ -119,8 +128,8 @@ class GPTQ(Pass):
             search=self.search,
             act_order=self.act_order,
             damping=self.damping,
-            sparsity=self.sparsity,
-            pattern=self.pattern,
+            sparsity=self.sparsity if prunes else None,
+            pattern=self.pattern if prunes else Pattern(),
             kept=None if promise is None else promise.mask,
             where=f"layer '{layer.name}'",
         )

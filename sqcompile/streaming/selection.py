@@ -13,7 +13,7 @@ from sqcompile.quantization.scheme import HEAD, Site, choose_formats, sites_of
 
 _KIND = "kind:"
 # Options of passes that select layers: patterns, kinds, and pairs whose first item is a pattern.
-_PATTERNS = ("layers", "exclude")
+_PATTERNS = ("layers", "exclude", "unpruned")
 _KINDS = ("kinds",)
 _OVERRIDES = ("formats", "activation_formats", "sparsities")
 

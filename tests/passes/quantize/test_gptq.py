@@ -8,7 +8,7 @@ from torch.export import Dim
 
 from sqcompile import Level, Program, trace
 from sqcompile.calibration import Calibration
-from sqcompile.errors import CalibrationError, InputError, PassOptionError
+from sqcompile.errors import CalibrationError, InputError, PassOptionError, SelectionError
 from sqcompile.passes import GPTQ, ApplyMasks, MaskWeights, QuantizeWeights
 from sqcompile.pipeline import Pass, PassContext, PassManager, parse_pass
 from sqcompile.quantization import Format
@@ -198,6 +198,17 @@ def test_rounds_to_nearest_what_has_no_hessian() -> None:
     assert checked.after.tensor("fc.weight_codes").dtype == torch.int8
     tied = [name for name, tensor in checked.after.tensors() if tensor.dtype == torch.uint8]
     assert len(tied) == 1  # one set of codes for both uses
+
+
+@pytest.mark.parametrize("pattern", ["kind:head", "2"])
+def test_layers_may_be_rounded_and_lose_nothing(pattern: str) -> None:
+    both, _ = compiled(GPTQ(sparsity=0.5))
+    assert set(both.sparsity) == {"0.weight_codes", "2.weight_codes"}
+    program, _ = compiled(GPTQ(sparsity=0.5, unpruned=(pattern,)))
+    assert set(program.sparsity) == {"0.weight_codes"} and program.has_tensor("2.weight_codes")
+    assert torch.equal(program.tensor("0.weight_codes"), both.tensor("0.weight_codes"))
+    with pytest.raises(SelectionError, match="nothing-like-it"):
+        compiled(GPTQ(sparsity=0.5, unpruned=("nothing-like-it",)))
 
 
 def test_selection_and_mistakes() -> None:
