@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sqcompile.report import environment
 
@@ -44,6 +47,33 @@ def spread(times: list[float]) -> str:
     """Return `median ms (minimum to maximum)`."""
     low, middle, high = min(times), statistics.median(times), max(times)
     return f"{middle / 1e6:.3f} ms ({low / 1e6:.3f} to {high / 1e6:.3f})"
+
+
+def save_training(path: Path | None, facts: dict[str, Any], *parts: Any) -> None:
+    """Write where a training is, if a path is given: facts, the state of PyTorch's generator, and of each part.
+
+    Args:
+        path: The file; it is replaced as a whole.
+        facts: Numbers, lists and text.
+        parts: The module, its optimizer, …, with `state_dict`.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    torch.save((facts, torch.get_rng_state(), [part.state_dict() for part in parts]), partial)
+    os.replace(partial, path)
+
+
+def load_training(path: Path | None, *parts: Any) -> dict[str, Any]:
+    """Bring a training to where it was, and return the facts; none, and no change, if there is no such file."""
+    if path is None or not path.exists():
+        return {}
+    facts, random_state, states = torch.load(path, weights_only=True)
+    torch.set_rng_state(random_state)
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    return dict(facts)
 
 
 def write_json(path: Path | None, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
