@@ -1,4 +1,4 @@
-"""Finding the layers to leave in floating point, by trying: the smallest change of a recipe that mends its outputs."""
+"""Finding what does the harm, by trying: the pass after which outputs part, and the layers to leave as they are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,41 @@ from sqcompile.statistics import program_size
 
 Run = Callable[[Sequence[Pass]], Program]
 """Runs passes on a fresh copy of the dense program."""
+
+
+@dataclass(frozen=True)
+class PassStep:
+    """Where the outputs are after a pass.
+
+    Attributes:
+        text: The pass, as text.
+        distance: Distance of the outputs from the dense program's, after it.
+    """
+
+    text: str
+    distance: Distance
+
+
+class PassWatch:
+    """An instrument of the pass manager: compares the outputs with the dense program's after every pass.
+
+    Args:
+        dense: The dense program.
+        batches: Flat inputs.
+
+    Attributes:
+        steps: What was found, in the order of the passes.
+    """
+
+    def __init__(self, dense: Program, batches: Sequence[Sequence[Any]]) -> None:
+        self._batches = batches
+        self._expected = [dense.run(batch) for batch in batches]
+        self.steps: list[PassStep] = []
+
+    def __call__(self, item: Pass, before: Program, after: Program) -> None:
+        """Run the program after the pass."""
+        outputs = [after.run(batch) for batch in self._batches]
+        self.steps.append(PassStep(str(item), output_distance(self._expected, outputs)))
 
 
 @dataclass(frozen=True)

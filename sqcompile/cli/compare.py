@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sqcompile.api import Compiled
-    from sqcompile.bisect import Trial
+    from sqcompile.bisect import PassStep, Trial
     from sqcompile.cli.subjects import Subject
     from sqcompile.compare import LayerDistance
     from sqcompile.metrics import Distance
     from sqcompile.pipeline import Pass
+    from sqcompile.pipeline.manager import Instrument
     from sqcompile.program import Program
     from sqcompile.recipe import Recipe
 
@@ -51,8 +52,8 @@ def compare(
         bool,
         typer.Option(
             "--bisect",
-            help="Compile B's recipe again with the worst layers left in floating point, one more each time, until the "
-            "outputs are 10 dB better, and print the passes to paste.",
+            help="Compile B's recipe again: name the pass after which the outputs part; then leave the worst layers in "
+            "floating point, one more each time, until the outputs are 10 dB better, and print the passes to paste.",
         ),
     ] = False,
     as_json: options.AsJson = False,
@@ -81,7 +82,8 @@ def compare(
     outputs = _compare_outputs(first, second, pairs)
     layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs])
     jump = find_jump(layers)
-    trials = _bisect(first, second, [flat for flat, _ in pairs]) if bisect else []
+    steps, trials = _bisect(first, second, [flat for flat, _ in pairs]) if bisect else ([], [])
+    blamed = find_jump(steps)
     about = {
         "reference": reference,
         "other": other,
@@ -92,13 +94,15 @@ def compare(
         ],
         "jump": None if jump is None else layers[jump].name,
         "notes": [*first.notes, *why_not],
+        "passes": [{"pass": step.text, **_data(step.distance)} for step in steps],
+        "pass_jump": None if blamed is None else steps[blamed].text,
         "bisect": [_trial_data(trial, trials[0]) for trial in trials],
     }
     return Answer(lambda target: _show(target, about, outputs, layers, jump), about)
 
 
-def find_jump(layers: Sequence[LayerDistance]) -> int | None:
-    """Return the index of the first layer at which the error jumps, or None if it grows evenly.
+def find_jump(layers: Sequence[LayerDistance | PassStep]) -> int | None:
+    """Return the index of the first layer, or pass, at which the error jumps; None if it grows evenly.
 
     A jump is a fall of the SQNR by 10 dB or more below the least of the layers before it, which counts
     as 50 dB at most, so that a first rounding from exact to 41 dB is none.
@@ -192,21 +196,23 @@ def _program_of(subject: Subject) -> tuple[Program | None, str]:
     return _compile(recipe, recipe.passes).program, note
 
 
-def _compile(recipe: Recipe, passes: Sequence[Pass]) -> Compiled:
+def _compile(recipe: Recipe, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> Compiled:
     import dataclasses
 
     from sqcompile.api import LazyCompiled
     from sqcompile.cli.subjects import unknown_inputs
 
     changed = dataclasses.replace(recipe, passes=tuple(passes), backend="reference", verify="off")
-    made = changed.compile(progress=progress())
+    made = changed.compile(progress=progress(), instruments=instruments)
     if isinstance(made, LazyCompiled):
         raise unknown_inputs(made._model)
     return made
 
 
-def _bisect(first: Subject, second: Subject, batches: Sequence[list[Any]]) -> list[Trial]:
-    from sqcompile.bisect import bisect_layers
+def _bisect(
+    first: Subject, second: Subject, batches: Sequence[list[Any]]
+) -> tuple[list[PassStep], list[Trial]]:
+    from sqcompile.bisect import PassWatch, bisect_layers
     from sqcompile.errors import InputError
     from sqcompile.provenance import recipe_of
 
@@ -219,9 +225,14 @@ def _bisect(first: Subject, second: Subject, batches: Sequence[list[Any]]) -> li
             next_step="compile to .onnx or .sqm, and compare with that",
         )
     recipe = recipe_of(second.path)
-    return bisect_layers(
-        first.program, recipe.passes, lambda passes: _compile(recipe, passes).program, batches
-    )
+    watch = PassWatch(first.program, batches)
+
+    def run(passes: Sequence[Pass]) -> Program:
+        instruments = [] if watch.steps else [watch]  # the first trial is the recipe as it is
+        return _compile(recipe, passes, instruments).program
+
+    trials = bisect_layers(first.program, recipe.passes, run, batches)
+    return watch.steps, trials
 
 
 def _trial_data(trial: Trial, whole: Trial) -> dict[str, Any]:
@@ -271,7 +282,22 @@ def _show(
     for note in about["notes"]:
         target.print(f"Note: {note}", markup=False)
     if about["bisect"]:
+        _show_passes(target, about["passes"], about["pass_jump"])
         _show_trials(target, about["bisect"])
+
+
+def _show_passes(target: Console, steps: Sequence[dict[str, Any]], jump: str | None) -> None:
+    from rich.table import Table
+
+    table = Table("after the pass", "SQNR of the outputs", title="Passes", title_justify="left")
+    marked = False
+    for step in steps:
+        here = not marked and step["pass"] == jump
+        marked = marked or here
+        level = step["sqnr_db"]
+        shown = "not finite" if not step["finite"] else "exact" if level == math.inf else f"{level:.1f} dB"
+        table.add_row(step["pass"] + (" ◀ jumps here" if here else ""), shown, style="bold" if here else None)
+    target.print(table)
 
 
 def _show_trials(target: Console, trials: Sequence[dict[str, Any]]) -> None:

@@ -194,7 +194,14 @@ def test_bisect_prints_what_to_paste(run, folder: Path) -> None:
         f"model: net.py:make\ndata: x.npz\npasses:\n  - fold-batch-norm\n{line}\n"
     )
     assert run("recipe", "validate", "mended.yaml").code == 0
-    trials = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--bisect", "--json").json["bisect"]
-    assert [trial["left"] for trial in trials] == [[], ["fc"]]
+    about = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--bisect", "--json").json
+    assert [trial["left"] for trial in about["bisect"]] == [[], ["fc"]]
+    # The pass that did it: folding keeps the numbers, and two bits of one layer do not.
+    folded, rounded = about["passes"]
+    assert folded["pass"] == "fold-batch-norm" and folded["sqnr_db"] > 100
+    assert about["pass_jump"] == rounded["pass"] and rounded["pass"].startswith("quantize-weights")
+    assert rounded["sqnr_db"] == pytest.approx(about["bisect"][0]["sqnr_db"])
+    (blamed,) = [line for line in result.out.splitlines() if "◀" in line and "quantize-weights" in line]
+    assert "dB" in blamed
     refused = run("compare", "net.py:make", "net.py:make", "-d", "x.npz", "--bisect")
     assert refused.code == 1 and "no recipe to change" in refused.err
