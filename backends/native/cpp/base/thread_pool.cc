@@ -40,15 +40,18 @@ bool spin_until(F ready) noexcept {
 
 }  // namespace
 
-// A task is published by raising `round`; each worker runs it once, then lowers `unfinished`. The mutexes
-// are only taken by who sleeps and by who may have to wake a sleeper.
+// A task is published by a new round of the gate. Workers enter an open round, each once, run the task and count
+// themselves among the finished; the caller closes the round, after which nobody enters, and waits for those who did.
+// The mutex is only taken by who sleeps and by who may have to wake a sleeper.
 struct ThreadPool::Team {
   std::mutex turn;  // held by the caller for the whole of `run`
 
   void (*task)(void*, int) = nullptr;
   void* context = nullptr;
-  std::atomic<std::uint64_t> round{0};
-  std::atomic<int> unfinished{0};
+  static constexpr std::uint64_t kEntered = 0xffff, kOpen = 0x10000, kRound = 0x20000;
+  std::atomic<std::uint64_t> gate{0};   // how many entered, whether it is open, and the round
+  std::atomic<int> finished_workers{0};
+  std::atomic<int> awaited_workers{0};  // once the caller knows
   std::atomic<bool> stop{false};
 
   std::mutex mutex;
@@ -62,18 +65,19 @@ struct ThreadPool::Team {
     inside_task = true;  // whatever runs on a worker is part of a task
     std::uint64_t seen = 0;
     for (;;) {
-      const auto published = [&] { return round.load(std::memory_order_acquire) != seen; };
+      const auto published = [&] { return gate.load(std::memory_order_acquire) / kRound != seen; };
       if (!spin_until(published)) {
         std::unique_lock<std::mutex> lock(mutex);
         ++sleeping_workers;
         started.wait(lock, published);
         --sleeping_workers;
       }
-      ++seen;  // the caller waits for all workers before it publishes again
       if (stop.load(std::memory_order_relaxed)) return;
+      if (!enter(&seen)) continue;
       task(context, thread);
-      if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        // Empty on purpose: the caller either sees zero under the mutex, or sleeps and is notified.
+      // Either this sees how many are awaited, or the caller, who says so first and looks then, sees all of them.
+      if (finished_workers.fetch_add(1) + 1 == awaited_workers.load()) {
+        // Empty on purpose: the caller either sees them under the mutex, or sleeps and is notified.
         bool wake;
         {
           std::lock_guard<std::mutex> lock(mutex);
@@ -84,19 +88,34 @@ struct ThreadPool::Team {
     }
   }
 
+  // Whether the newest round was still open; either way it is seen.
+  bool enter(std::uint64_t* seen) noexcept {
+    for (std::uint64_t now = gate.load(std::memory_order_relaxed);;) {
+      *seen = now / kRound;
+      if ((now & kOpen) == 0) return false;
+      if (gate.compare_exchange_weak(now, now + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+    }
+  }
+
   void publish() noexcept {
     bool wake;
     {
-      // Under the mutex, so that no worker can check `round` before and fall asleep after.
+      // Under the mutex, so that no worker can check the round before and fall asleep after.
       std::lock_guard<std::mutex> lock(mutex);
-      round.fetch_add(1, std::memory_order_release);
+      const std::uint64_t round = gate.load(std::memory_order_relaxed) / kRound + 1;
+      gate.store(round * kRound | kOpen, std::memory_order_release);
       wake = sleeping_workers > 0;
     }
     if (wake) started.notify_all();
   }
 
-  void wait_for_workers() noexcept {
-    const auto done = [&] { return unfinished.load(std::memory_order_acquire) == 0; };
+  // Waits for `count` workers, or for those who have entered.
+  void wait_for_workers(int count) noexcept {
+    if (count < 0) {
+      count = static_cast<int>(gate.fetch_and(~kOpen, std::memory_order_relaxed) & kEntered);
+    }
+    awaited_workers.store(count);
+    const auto done = [&] { return finished_workers.load() == count; };
     if (spin_until(done)) return;
     std::unique_lock<std::mutex> lock(mutex);
     caller_sleeps = true;
@@ -141,7 +160,11 @@ Status ThreadPool::create(int threads, std::unique_ptr<ThreadPool>* pool) noexce
   return Status::ok();
 }
 
-Status ThreadPool::run(void (*task)(void*, int), void* context) noexcept {
+Status ThreadPool::run(void (*task)(void*, int), void* context) noexcept { return run(task, context, true); }
+
+Status ThreadPool::run_available(void (*task)(void*, int), void* context) noexcept { return run(task, context, false); }
+
+Status ThreadPool::run(void (*task)(void*, int), void* context, bool all) noexcept {
   if (inside_task) {
     return Status::error(StatusCode::kInvalidArgument, "a task on a thread pool cannot run another task on one");
   }
@@ -155,12 +178,13 @@ Status ThreadPool::run(void (*task)(void*, int), void* context) noexcept {
   const std::lock_guard<std::mutex> turn(team.turn);
   team.task = task;
   team.context = context;
-  team.unfinished.store(threads_ - 1, std::memory_order_relaxed);
+  team.finished_workers.store(0, std::memory_order_relaxed);
+  team.awaited_workers.store(-1, std::memory_order_relaxed);
   team.publish();
   inside_task = true;
   task(context, 0);
   inside_task = false;
-  team.wait_for_workers();
+  team.wait_for_workers(all ? threads_ - 1 : -1);
   return Status::ok();
 }
 

@@ -33,14 +33,32 @@ class ThreadPool {
   // team is busy with that very task.
   Status run(void (*task)(void* context, int thread), void* context) noexcept;
 
+  // Calls task(context, 0), and task(context, t) on each thread that comes before it has returned; nobody waits for the
+  // others. For tasks that do all there is to do, however many threads take part: a sleeping thread, or one whose core
+  // another process has, costs nothing. Other than that as `run`.
+  Status run_available(void (*task)(void* context, int thread), void* context) noexcept;
+
   // The same for a callable object, which is not copied.
   template <typename F>
   Status run(F&& function) noexcept {
-    return run([](void* context, int thread) { (*static_cast<std::remove_reference_t<F>*>(context))(thread); },
-               const_cast<void*>(static_cast<const void*>(&function)));
+    return run(call<F>, address_of(function));
+  }
+  template <typename F>
+  Status run_available(F&& function) noexcept {
+    return run_available(call<F>, address_of(function));
   }
 
  private:
+  template <typename F>
+  static void call(void* context, int thread) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(thread);
+  }
+  template <typename F>
+  static void* address_of(F& function) noexcept {
+    return const_cast<void*>(static_cast<const void*>(&function));
+  }
+  Status run(void (*task)(void*, int), void* context, bool all) noexcept;
+
   struct Team;  // keeps <thread> and <condition_variable> out of every file that runs a task
 
   explicit ThreadPool(int threads) noexcept;

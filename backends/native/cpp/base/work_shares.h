@@ -3,7 +3,7 @@
 // Two equal halves do not take equal time: cores share memory, and other processes take one of them away for a
 // while. With fixed halves the faster core waited a fifth of the time of a decoded token (two cores of a Zen 4
 // under load, 22 layers of a Llama). A share is begun with its first half, then the half of what is left, so that
-// it is read in long runs and yet divisible to the end.
+// it is read in long runs and yet divisible to the end. Threads that have not come when all is taken are not awaited.
 
 #ifndef SQC_BASE_WORK_SHARES_H_
 #define SQC_BASE_WORK_SHARES_H_
@@ -106,7 +106,7 @@ Status run_shared(ThreadPool& pool, std::int64_t count, std::int64_t unit, std::
   }
   WorkShares shares(pool.threads(), step > 0 ? step : unit, least);
   for (int i = 0; i < pool.threads(); ++i) shares.set(i, split_evenly(count, unit, pool.threads(), i));
-  return pool.run([&](int thread) {
+  return pool.run_available([&](int thread) {
     for (Range part; shares.take(thread, &part);) f(thread, part);
   });
 }
@@ -117,7 +117,7 @@ Status run_shared_by_cost(ThreadPool& pool, Span<const std::uint64_t> before, st
                           std::int64_t least, F f) noexcept {
   WorkShares shares(pool.threads(), unit, least);
   for (int i = 0; i < pool.threads(); ++i) shares.set(i, split_by_cost(before, each, unit, pool.threads(), i));
-  return pool.run([&](int thread) {
+  return pool.run_available([&](int thread) {
     for (Range part; shares.take(thread, &part);) f(thread, part);
   });
 }

@@ -93,6 +93,24 @@ SQC_TEST(pool_serves_several_callers) {
   SQC_CHECK(sum == 900);
 }
 
+SQC_TEST(pool_waits_for_those_who_came_and_for_nobody_else) {
+  const auto pool = make_pool(4);
+  std::vector<int> runs(4);  // written without atomics: TSan watches
+  for (int round = 0; round < 3000; ++round) {
+    if (round % 1000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));  // some are asleep
+    const int own = runs[0];
+    std::vector<int> before = runs;
+    SQC_CHECK(pool->run_available([&](int thread) { ++runs[static_cast<std::size_t>(thread)]; }).is_ok());
+    SQC_CHECK(runs[0] == own + 1);
+    for (std::size_t t = 0; t < runs.size(); ++t) SQC_CHECK(runs[t] - before[t] <= 1);
+    if (round % 100 == 0) {  // those who were not awaited are there again
+      before = runs;
+      SQC_CHECK(pool->run([&](int thread) { ++runs[static_cast<std::size_t>(thread)]; }).is_ok());
+      for (std::size_t t = 0; t < runs.size(); ++t) SQC_CHECK(runs[t] == before[t] + 1);
+    }
+  }
+}
+
 SQC_TEST(pool_refuses_bad_thread_counts) {
   std::unique_ptr<ThreadPool> pool;
   for (const int threads : {0, -1, ThreadPool::kMaxThreads + 1}) {
