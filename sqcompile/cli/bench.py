@@ -80,7 +80,9 @@ def bench(
     **Examples**
 
         sqcompile bench nets.py:resnet build/resnet.onnx -d images.npz --threads 1
+
         sqcompile bench dense.onnx int8.sqm sparse.sqm --runs 200
+
         sqcompile bench --kernels
     """
     if kernels:

@@ -52,7 +52,9 @@ def bundle(
     **Examples**
 
         sqcompile bundle build/net.sqm -o bundle
+
         sqcompile bundle build/net.sqm --target aarch64-linux -o bundle-arm -d images.npz
+
         sqcompile bundle build/net.onnx -o bundle-onnx
     """
     from sqcompile.bundle import check_bundle_target, write_bundle

@@ -68,7 +68,9 @@ def compare(
     **Examples**
 
         sqcompile compare nets.py:resnet build/resnet.onnx -d images.npz
+
         sqcompile compare dense.pt2 pruned.pt2 -d images.npz --samples 32
+
         sqcompile compare nets.py:resnet build/resnet.onnx -d images.npz --bisect
     """
     from sqcompile.cli.subjects import Feed, flat_batches, open_subject

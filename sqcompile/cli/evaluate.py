@@ -62,6 +62,7 @@ def evaluate(
     **Examples**
 
         sqcompile evaluate llama/ -d held_out.txt --context 512 --stride 256
+
         sqcompile evaluate build/model.sqm --against llama/ -d tokens.npz:eval
     """
     from sqcompile.evaluation import language_quality

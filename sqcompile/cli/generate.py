@@ -65,7 +65,9 @@ def generate(
     **Examples**
 
         sqcompile generate llama/ "def fibonacci(n):" -p "weight-only{bits=4}"
+
         sqcompile generate llama/ "def fibonacci(n):" --backend onnxruntime
+
         sqcompile generate build/llama.sqm "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 1
     """
     from sqcompile.data_text import load_tokenizer

@@ -41,7 +41,9 @@ def inspect_model(
     **Examples**
 
         sqcompile inspect models/llama
+
         sqcompile inspect nets.py:resnet -i "x: f32[batch, 3, 32, 32]" --source
+
         sqcompile inspect build/net.onnx
     """
     from sqcompile.cli.subjects import Feed, artifact_file, open_model

@@ -29,6 +29,7 @@ def passes(
     **Examples**
 
         sqcompile passes
+
         sqcompile passes mask-weights
     """
     from sqcompile.catalog import catalog, find_entry

@@ -69,6 +69,7 @@ def show(
     **Examples**
 
         sqcompile recipe print job.yaml
+
         sqcompile recipe print build/net.sqm
     """
     from sqcompile.provenance import read_provenance
@@ -97,7 +98,9 @@ def gallery(
     **Examples**
 
         sqcompile recipe gallery
+
         sqcompile recipe gallery cnn-int8
+
         sqcompile compile nets.py:resnet -r cnn-int8 -d images.npz -o resnet.onnx
     """
     from sqcompile.gallery import gallery as listed

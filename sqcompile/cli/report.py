@@ -36,6 +36,7 @@ def report(
     **Examples**
 
         sqcompile report build/llama
+
         sqcompile report build/llama -o report.html
     """
     import json

@@ -59,6 +59,7 @@ def sensitivity(
     **Examples**
 
         sqcompile sensitivity llama/ -d calibration.txt
+
         sqcompile sensitivity llama/ -d tokens.npz -f uint4:group=32:affine -f uint4:group=32:affine+50%
     """
     from sqcompile.calibration import Calibration

@@ -33,6 +33,20 @@ def call(*arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.parametrize(
+    "command", [["generate"], ["compare"], ["recipe", "print"], ["recipe", "gallery"], ["bench"]]
+)
+def test_each_example_of_a_help_text_has_a_line_of_its_own(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one paragraph the examples would run together."""
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = call(*command, "--help")
+    examples = [line.strip() for line in out.splitlines() if line.strip().startswith("sqcompile ")]
+    assert code == 0 and len(examples) >= 2
+    assert all(line.count("sqcompile ") == 1 for line in examples)
+
+
 def test_help_names_every_command_and_needs_no_pytorch() -> None:
     code = (
         "import sys\nsys.argv = ['sqcompile', '--help']\nfrom sqcompile.cli import main\n"
