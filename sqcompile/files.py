@@ -185,11 +185,14 @@ def _nearby(path: Path) -> str:
         return f"there is no folder '{path.parent}': check the path"
     siblings = [item.name for item in path.parent.iterdir() if item != path]
     alike = [name for name in siblings if path.suffix and name.endswith(path.suffix)]
-    # A file of another kind has to have nearly the same name, or the same but for the suffix.
-    alike = alike or nearest(path.name, siblings, cutoff=0.7)
-    alike = alike or [name for name in siblings if Path(name).stem == path.stem]
     if alike:
         return did_you_mean(path.name, alike)
+    # A file of another kind has to have nearly the same name, with its suffix or without.
+    stems = nearest(path.stem, [Path(name).stem for name in siblings], cutoff=0.7)
+    alike = nearest(path.name, siblings, cutoff=0.7)
+    alike = alike or [name for stem in stems for name in siblings if Path(name).stem == stem]
+    if alike:
+        return f"did you mean {' or '.join(map(repr, alike[:3]))}?"
     return f"check the path: no {path.suffix or 'such'} file is in '{path.parent.resolve()}'"
 
 

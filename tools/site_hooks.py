@@ -31,8 +31,12 @@ SOURCES = "source"
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
+def on_startup(**_: Any) -> None:
+    # Before on_config: there mkdocstrings drops the paths that it is told of and does not find.
     make_view(ROOT / "build" / "site-packages")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
     decisions = sorted((ROOT / "docs" / "decisions").glob("*.md"))
     section = next(item["Inside"] for item in config.nav or [] if "Inside" in item)
     section.append({"Decisions": [DECISIONS, *(f"decisions/{path.name}" for path in decisions)]})
