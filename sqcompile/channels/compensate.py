@@ -1,14 +1,16 @@
 """Least-squares compensation: what is left of a layer's inputs takes over from what went.
 
 A layer read z and reads x now. Its weight becomes the ridge regression of the dense output on x, drawn to what
-was left of it (`second_order.target`); its bias takes the difference of the means. Convolutions mix channels
-alike at every place of the kernel. Layers are treated in graph order, each on what the layers before it make
-now, so that it also takes back some of their error.
+was left of it (`second_order.target`); its bias takes the difference of the means. A convolution reads all that
+lies under its kernel, so that a channel's neighbours stand in for it as well; transposed ones mix channels alike at
+every place of the kernel. Layers are treated in graph order, each on what the layers before it make now, so that
+it also takes back some of their error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +26,12 @@ from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, target
+from sqcompile.second_order.patches import geometry, has_patches, patches_of
+from sqcompile.sparsity import as_matrix, from_matrix
 from sqcompile.stepwise import Read, Stepwise
 
 _DAMPING = 1e-3  # of the mean square of the inputs: rounding must not decide where inputs are alike
+_ROWS_PER_INPUT = 64  # places to look at for each input under a kernel; more of the same images say little
 
 
 @dataclass(frozen=True)
@@ -98,16 +103,18 @@ def compensate(
     # Both programs hold the values of every batch, of which the dense one's are the larger.
     batches = before.batches(context, max_bytes // 2, "compensating: reading")
     walk_before, walk_after = before.walk(batches), after.walk(batches)
-    known: tuple[fx.Node | None, Hessian | None] = (None, None)
+    known: tuple[Hashable, Hessian | None] = (None, None)
     for item in context.progress.track(lost, "compensating"):
         layer = item.layer
         assert layer.data is not None
         wanted = _until(walk_before, layer.node)
         read = _until(walk_after, nodes[layer.node.name])
-        if known[0] is not layer.data:  # queries, keys and values read the same
+        kernel = tuple(dense.tensor(layer.weight).shape[2:])
+        same = (layer.data, geometry(layer, kernel) if has_patches(layer) else None)
+        if known[0] != same:  # queries, keys and values read the same
             data = nodes[layer.node.name].args[layer.operator.data[0]]
             assert isinstance(data, fx.Node)
-            known = (layer.data, _moments(layer, wanted(layer.data), read(data)))
+            known = (same, _moments(layer, kernel, wanted(layer.data), read(data)))
         assert known[1] is not None
         _refit(edit, dense, item, known[1], nodes)
 
@@ -117,20 +124,29 @@ def _until(walk: Iterator[tuple[fx.Node, Read]], node: fx.Node) -> Read:
     return next(read for step, read in walk if step is node)
 
 
-def _moments(layer: Layer, wanted: Sequence[Tensor], values: Sequence[Tensor]) -> Hessian:
+def _moments(
+    layer: Layer, kernel: Sequence[int], wanted: Sequence[Tensor], values: Sequence[Tensor]
+) -> Hessian:
     """Return the moments of a layer's inputs, both with a last entry of 1, so that they hold the means as well."""
-    axis = data_axis(layer)
     hessian: Hessian | None = None
     for before, after in zip(wanted, values, strict=True):
-        x = _with_one(after, axis)
+        most = -(-_ROWS_PER_INPUT * after.shape[data_axis(layer)] * math.prod(kernel) // len(values))
+        x, dense = (_with_one(_inputs(layer, kernel, value, most)) for value in (after, before))
         hessian = hessian or Hessian(x.shape[-1], x.device, f"layer '{layer.name}'")
-        hessian.add(x, _with_one(before, axis))
+        hessian.add(x, dense)
     assert hessian is not None
     return hessian
 
 
-def _with_one(value: Tensor, axis: int) -> Tensor:
-    return torch.nn.functional.pad(value.detach().movedim(axis, -1), (0, 1), value=1.0)
+def _inputs(layer: Layer, kernel: Sequence[int], value: Tensor, most: int) -> Tensor:
+    """Return what the rows of the weight are multiplied with, [rows, K]."""
+    if has_patches(layer):
+        return patches_of(layer, value.detach(), kernel, most)
+    return value.detach().movedim(data_axis(layer), -1).flatten(0, -2)
+
+
+def _with_one(rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, 1), value=1.0)
 
 
 def _without_one(hessian: Hessian, *, centred: bool) -> tuple[Hessian, Tensor, Tensor]:
@@ -154,15 +170,18 @@ def _refit(edit: Rewriter, dense: Program, item: Lost, moments: Hessian, nodes: 
     value, old = program.tensor(stored).detach(), dense.tensor(layer.weight).detach()
     axis, out_axis = layer.operator.in_axis % old.dim(), layer.operator.out_axis % old.dim()
     old = old.index_select(out_axis, torch.from_numpy(np.flatnonzero(item.rows)))
-    # Outputs and places of the kernel are rows alike: [O · …, I].
-    shape = value.movedim((out_axis, axis), (0, -1)).shape
-    before = old.movedim((out_axis, axis), (0, -1)).reshape(-1, old.shape[axis]).to(hessian.matrix)
-    now = value.movedim((out_axis, axis), (0, -1)).reshape(-1, value.shape[axis]).to(hessian.matrix)
-    fitted = target(before, hessian, _DAMPING, towards=now)
-    weight = fitted.reshape(shape).movedim((0, -1), (out_axis, axis))
-    edit.replace_tensor(stored, weight.to(value.dtype).contiguous())
+    if has_patches(layer):
+        before, now = as_matrix(old, out_axis, axis), as_matrix(value, out_axis, axis)
+    else:  # outputs and places of the kernel are rows alike: [O · …, I]
+        before = old.movedim((out_axis, axis), (0, -1)).flatten(0, -2)
+        now = value.movedim((out_axis, axis), (0, -1)).flatten(0, -2)
+    before = before.to(hessian.matrix)
+    fitted = target(before, hessian, _DAMPING, towards=now.to(hessian.matrix))
+    outputs = value.shape[out_axis]
+    weight = from_matrix(fitted.reshape(outputs, -1), tuple(value.shape), out_axis, axis)
+    edit.replace_tensor(stored, weight.to(value.dtype))
     if bias is not None:
-        shift = (before @ dense_mean - fitted @ mean).reshape(shape[0], -1).sum(1)
+        shift = (before @ dense_mean - fitted @ mean).reshape(outputs, -1).sum(1)
         held = program.tensor(bias).detach()
         edit.replace_tensor(bias, held + shift.to(held.dtype))
 

@@ -404,6 +404,30 @@ def test_compensation_takes_over_what_went() -> None:
     assert errors[1] < 0.05 * errors[0]  # the ridge keeps it from being zero
 
 
+def test_neighbours_stand_in_for_a_channel_that_went() -> None:
+    """The channel that goes is the other one, seen one place further: other places of the kernel take over."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Conv2d(2, 1, 3, bias=False)
+    ).requires_grad_(False)
+    first, second = model[0].weight, model[1].weight
+    first.zero_()
+    first[0, 0, 1, 1], first[1, 0, 1, 2] = 1.0, 0.5  # type: ignore[index]
+    second[:, 1, :, 2] = 0.0  # type: ignore[index]
+    batches = [(data(4, 1, 8, 8, seed=seed),) for seed in range(8)]
+    errors = []
+    for compensate in (False, True):
+        checked = check_pass(
+            RemoveChannels(ratio=0.5, compensate=compensate, importance="l1"),
+            model,
+            (batches[0][0],),
+            calibration=batches,
+            idempotent=False,
+        )
+        assert checked.record.distance is not None
+        errors.append(checked.record.distance.max_error)
+    assert errors[1] < 0.02 * errors[0]  # the ridge keeps it from being zero
+
+
 def test_compensation_sees_as_many_batches_as_fit_into_memory() -> None:
     program = trace(net(), (X,))
     batches = [(data(2, 2, 2, 2, seed=seed),) for seed in range(8)]
