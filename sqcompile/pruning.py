@@ -54,6 +54,11 @@ class PrunableWeight:
         """The weight as its layers see it: zero where it is masked."""
         return self.tensor if self.kept is None else self.tensor * self.kept
 
+    @property
+    def kept_matrix(self) -> torch.Tensor | None:
+        """The mask that is in force as a matrix [O, K], or None."""
+        return None if self.kept is None else self.matrix(self.kept)
+
     def removes(self, mask: torch.Tensor) -> bool:
         """Whether a mask removes anything that is still there."""
         return not bool(mask.all()) if self.kept is None else bool((self.kept & ~mask).any())

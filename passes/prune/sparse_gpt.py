@@ -26,11 +26,12 @@ class SparseGPT(Pass):
     The layers are pruned in graph order, on calibration data that went through the pruned ones before
     them. The surviving weights change, so the program must not be pruned from another copy of the model.
 
-    Shapes: weight [O, K]; its mask likewise, True where it is kept.
+    Shapes: weight [O, K]; its mask likewise, True where it is kept. A convolution's weight is a matrix over the
+        Kh · Kw · I inputs under its kernel, input channels fastest.
     Rewrites: linear(x, @weight)  ==>  linear(x, mask(@weight', @weight_mask)).
     Keeps: interface().
-    Rejects: layers that are not linear or share their weight; weights whose sizes are no multiple of the
-        pattern's.
+    Rejects: layers that are neither linear nor convolutions without groups, or share their weight; weights whose
+        sizes are no multiple of the pattern's.
     Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
         InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
     Source: Frantar and Alistarh 2023, arXiv 2301.00774; the refit is the closed-form least-squares solution;
@@ -105,7 +106,12 @@ class SparseGPT(Pass):
 
     def _pruning(self, weight: PrunableWeight, sparsity: float) -> Callable[[Hessian], Pruned]:
         return partial(
-            _prune, self, weight.tensor, weight.kept, sparsity, where=f"layer '{weight.layer.name}'"
+            _prune,
+            self,
+            weight.matrix(weight.tensor),
+            weight.kept_matrix,
+            sparsity,
+            where=f"layer '{weight.layer.name}'",
         )
 
 

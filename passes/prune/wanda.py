@@ -25,11 +25,12 @@ class Wanda(Pass):
     The layers are pruned in graph order, on calibration data that went through the pruned ones before
     them. Weights do not change unless `refit` is set.
 
-    Shapes: weight [O, K]; its mask likewise, True where it is kept.
+    Shapes: weight [O, K]; its mask likewise, True where it is kept. A convolution's weight is a matrix over the
+        Kh · Kw · I inputs under its kernel, input channels fastest.
     Rewrites: linear(x, @weight)  ==>  linear(x, mask(@weight, @weight_mask)).
     Keeps: interface().
-    Rejects: layers that are not linear or share their weight; weights whose sizes are no multiple of the
-        pattern's.
+    Rejects: layers that are neither linear nor convolutions without groups, or share their weight; weights whose
+        sizes are no multiple of the pattern's.
     Raises: PassOptionError for options out of range; SelectionError for patterns that match no layer;
         InputError for weights, CalibrationError for inputs of layers that are NaN or infinite.
     Source: Sun et al. 2023, arXiv 2306.11695, equation 1; `outliers`: Yin et al. 2023, arXiv 2310.05175.
@@ -90,7 +91,7 @@ class Wanda(Pass):
         return PassResult(changes=edit.finish(), facts={"sparsity": sparsity})
 
     def _pruning(self, weight: PrunableWeight, sparsity: float) -> Callable[[Hessian], Pruned]:
-        return partial(_prune, self, weight.tensor, weight.kept, sparsity)
+        return partial(_prune, self, weight.matrix(weight.tensor), weight.kept_matrix, sparsity)
 
 
 def _prune(options: Wanda, weight: Tensor, kept: Tensor | None, sparsity: float, hessian: Hessian) -> Pruned:

@@ -9,7 +9,6 @@ it also takes back some of their error.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,12 +25,11 @@ from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.rewrite import Rewriter
 from sqcompile.second_order import Hessian, target
-from sqcompile.second_order.patches import geometry, has_patches, patches_of
+from sqcompile.second_order.patches import enough_rows, geometry, has_patches, patches_of
 from sqcompile.sparsity import as_matrix, from_matrix
 from sqcompile.stepwise import Read, Stepwise
 
 _DAMPING = 1e-3  # of the mean square of the inputs: rounding must not decide where inputs are alike
-_ROWS_PER_INPUT = 64  # places to look at for each input under a kernel; more of the same images say little
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _moments(
     """Return the moments of a layer's inputs, both with a last entry of 1, so that they hold the means as well."""
     hessian: Hessian | None = None
     for before, after in zip(wanted, values, strict=True):
-        most = -(-_ROWS_PER_INPUT * after.shape[data_axis(layer)] * math.prod(kernel) // len(values))
+        most = enough_rows(after.shape[data_axis(layer)], kernel, len(values))
         x, dense = (_with_one(_inputs(layer, kernel, value, most)) for value in (after, before))
         hessian = hessian or Hessian(x.shape[-1], x.device, f"layer '{layer.name}'")
         hessian.add(x, dense)

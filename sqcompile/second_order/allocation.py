@@ -67,7 +67,7 @@ def allocate(
 
     def visit(layer: Layer, hessian: Hessian) -> Tensor:
         weight = named[layer.node]
-        score = weight.dense.abs().float() * hessian.diagonal.sqrt()
+        score = weight.matrix(weight.dense).abs().float() * hessian.diagonal.sqrt()
         if by == "sensitivity":
             losses[weight.name] = _cumulated(score)
         else:

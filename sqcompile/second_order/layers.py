@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +14,7 @@ from sqcompile.layers import Layer
 from sqcompile.pipeline.context import PassContext
 from sqcompile.program import Program
 from sqcompile.second_order.hessian import Hessian
+from sqcompile.second_order.patches import enough_rows, geometry, has_patches, patches_of
 from sqcompile.shelf import open_shelf
 from sqcompile.stepwise import Stepwise, dense_batches, memory_for
 
@@ -21,14 +23,24 @@ Visit = Callable[[Layer, Hessian], Tensor | Pending[Tensor]]
 promise of one: layers that read the same value do not wait for each other."""
 
 
-def obstacle(program: Program, layer: Layer) -> str | None:
+def obstacle(program: Program, layer: Layer, *, convolutions: bool = False) -> str | None:
     """Say why a layer has no Hessian over its inputs, or return None.
 
-    A Hessian belongs to a weight [O, K] that multiplies vectors of K inputs and has one user.
+    A Hessian belongs to a weight [O, K] that multiplies vectors of K inputs and has one user. Convolutions have one
+    where they are asked for: K are the inputs under the kernel, as `sparsity.as_matrix` orders them.
+
+    Args:
+        program: The program.
+        layer: The layer.
+        convolutions: Whether convolutions count.
     """
-    if layer.kind not in ("linear", "matmul"):
+    if convolutions and has_patches(layer):
+        pass
+    elif convolutions and layer.groups > 1:
+        return f"its inputs are divided into {layer.groups} groups"
+    elif layer.kind not in ("linear", "matmul"):
         return f"kind {layer.kind} has no Hessian over input channels"
-    if layer.operator.out_axis != 0 or program.tensor(layer.weight).dim() != 2:
+    elif layer.operator.out_axis != 0 or program.tensor(layer.weight).dim() != 2:
         return "its weight is not a matrix [O, K]; canonicalize-layers makes it one"
     if layer.data is None:
         return "it takes no data"
@@ -52,7 +64,8 @@ def visit_layers(
 ) -> None:
     """Visit layers in graph order, with calibration data that went through those already visited.
 
-    Layers that read the same value, as q, k and v do, share a Hessian, and are visited together. Tokens of padding,
+    Layers that read the same value, as q, k and v do, share a Hessian, and are visited together; convolutions if
+    the same of it lies under their kernels. Tokens of padding,
     which an input `attention_mask` hides, do not count. With a work folder, values that do not fit into memory
     lie there.
 
@@ -69,10 +82,10 @@ def visit_layers(
     Raises:
         CalibrationError: If there is no data, or the inputs of a layer are not finite; the text names it.
     """
-    groups: dict[fx.Node, list[Layer]] = {}
+    groups: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        assert layer.data is not None
-        groups.setdefault(layer.data, []).append(layer)
+        kernel = program.tensor(layer.weight).shape[2:]
+        groups.setdefault((layer.data, has_patches(layer) and geometry(layer, kernel)), []).append(layer)
     if not groups:
         return
     changed, dense = Stepwise(program), Stepwise(program)
@@ -93,7 +106,8 @@ def visit_layers(
             wanted = next(beside)[1] if with_dense else None
             data = readers[node][0].data
             assert data is not None
-            hessian = _hessian(readers[node][0], read(data), wanted(data) if wanted else None, tokens)
+            kernel = program.tensor(readers[node][0].weight).shape[2:]
+            hessian = _hessian(readers[node][0], kernel, read(data), wanted(data) if wanted else None, tokens)
             with torch.no_grad():
                 weights = [visit(layer, hessian) for layer in readers[node]]
                 for layer, weight in zip(readers[node], weights, strict=True):
@@ -103,8 +117,17 @@ def visit_layers(
 
 
 def _hessian(
-    layer: Layer, values: Sequence[Tensor], wanted: Sequence[Tensor] | None, tokens: Sequence[Tensor | None]
+    layer: Layer,
+    kernel: Sequence[int],
+    values: Sequence[Tensor],
+    wanted: Sequence[Tensor] | None,
+    tokens: Sequence[Tensor | None],
 ) -> Hessian:
+    if has_patches(layer):
+        most = enough_rows(values[0].shape[-len(kernel) - 1], kernel, len(values))
+        values = _Patches(layer, kernel, values, most)
+        wanted = None if wanted is None else _Patches(layer, kernel, wanted, most)
+        tokens = ()
     first = values[0]
     hessian = Hessian(first.shape[-1], first.device, f"layer '{layer.name}'")
     for index, value in enumerate(values):
@@ -122,6 +145,19 @@ def _hessian(
             next_step="calibrate with data that reaches this layer, or exclude it",
         )
     return hessian
+
+
+class _Patches(Sequence[Tensor]):
+    """The patches of each batch of values, computed when they are asked for."""
+
+    def __init__(self, layer: Layer, kernel: Sequence[int], values: Sequence[Tensor], most: int) -> None:
+        self._layer, self._kernel, self._values, self._most = layer, kernel, values, most
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return patches_of(self._layer, self._values[index], self._kernel, self._most)
 
 
 def _readers(program: Program, weight: fx.Node) -> list[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import cast
 
@@ -12,6 +13,7 @@ from sqcompile.layers import Layer
 from sqcompile.operators.table import argument
 
 _DIMENSIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+_ROWS_PER_INPUT = 64  # places to look at for each input under a kernel; more of the same images say little
 _STRIDE, _PADDING, _DILATION = 3, 4, 5  # positions of the arguments
 # A prime, so that its multiples meet every row; near the golden ratio of 2³², so that they spread.
 _SCATTER = 2654435761
@@ -20,6 +22,11 @@ _SCATTER = 2654435761
 def has_patches(layer: Layer) -> bool:
     """Whether a layer is a convolution whose every output reads all input channels under its kernel."""
     return layer.kind in _DIMENSIONS and layer.groups == 1
+
+
+def enough_rows(inputs: int, kernel: Sequence[int], batches: int) -> int:
+    """Return how many rows of a batch tell enough about the inputs under a kernel, given so many batches."""
+    return -(-_ROWS_PER_INPUT * inputs * math.prod(kernel) // max(batches, 1))
 
 
 def geometry(layer: Layer, kernel: Sequence[int]) -> Hashable:

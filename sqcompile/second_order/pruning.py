@@ -21,7 +21,7 @@ from sqcompile.sparsity import Pattern
 
 @dataclass(frozen=True)
 class Pruned:
-    """What became of a weight.
+    """What became of a weight, seen as a matrix.
 
     Attributes:
         mask: What is kept, [O, K].
@@ -67,7 +67,7 @@ def prune_layers(
     with_dense: bool,
     where: str,
 ) -> dict[str, float]:
-    """Prune the selected linear layers in graph order, each on data that went through those before it.
+    """Prune the selected linear layers and convolutions in graph order, each on data that went through those before it.
 
     Args:
         edit: Edits the program once all layers are decided.
@@ -97,7 +97,7 @@ def prune_layers(
     ]
     found = prunable_weights(program, chosen, pattern, context.remark)
     weights = {weight.layer.node: weight for weight in found}
-    results: list[tuple[PrunableWeight, Pruned]] = []
+    results: list[tuple[PrunableWeight, Tensor, Tensor | None]] = []
     sparsities = allocate(
         program,
         found,
@@ -114,10 +114,12 @@ def prune_layers(
         def keep(pruned: Pruned) -> Tensor:
             if pruned.remark is not None:
                 context.remark(layer.node, pruned.remark)
-            if not weight.removes(pruned.mask):
+            mask = weight.from_matrix(pruned.mask)
+            if not weight.removes(mask):
                 return weight.dense
-            results.append((weight, pruned))
-            return (weight.tensor if pruned.weight is None else pruned.weight) * pruned.mask
+            value = None if pruned.weight is None else weight.from_matrix(pruned.weight)
+            results.append((weight, mask, value))
+            return (weight.tensor if value is None else value) * mask
 
         return context.executor.submit(choose(weight, sparsities[weight.name]), hessian).then(keep)
 
@@ -131,16 +133,16 @@ def prune_layers(
         with_dense=with_dense,
     )
     sparsity = {}
-    for weight, pruned in results:
-        if pruned.weight is not None:
-            edit.replace_tensor(weight.layer.weight, pruned.weight)
-        set_mask(edit, weight, pruned.mask, pattern)
-        sparsity[weight.layer.name] = 1.0 - float(pruned.mask.sum()) / pruned.mask.numel()
+    for weight, mask, value in results:
+        if value is not None:
+            edit.replace_tensor(weight.layer.weight, value)
+        set_mask(edit, weight, mask, pattern)
+        sparsity[weight.layer.name] = 1.0 - float(mask.sum()) / mask.numel()
     return sparsity
 
 
 def _has_hessian(program: Program, layer: Layer, context: PassContext) -> bool:
-    reason = obstacle(program, layer)
+    reason = obstacle(program, layer, convolutions=True)
     if reason is not None:
         context.remark(layer.node, f"is not pruned: {reason}")
     return reason is None

@@ -100,12 +100,59 @@ def test_earlier_masks_count() -> None:
         assert promise.sparsity == 0.5 and not bool((promise.mask & ~before).any())
 
 
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_convolution_is_pruned_as_the_product_that_it_is(refit: bool, pattern: str) -> None:
+    """The same as of a linear layer that reads what lies under the kernel, input channels fastest."""
+    x = values(6, 4, 7, 7).cumsum(-1)
+    convolution = settled(nn.Conv2d(4, 5, (3, 2), stride=2, padding=1))
+    # [N, I · places, L] → [N, L, places, I]
+    patches = nn.functional.unfold(x, (3, 2), stride=2, padding=1).unflatten(1, (4, 6)).permute(0, 3, 2, 1)
+    product = settled(nn.Linear(24, 5))
+    with torch.no_grad():
+        weight = convolution[0].weight  # type: ignore[index, union-attr]
+        product[0].weight.copy_(weight.movedim(1, -1).reshape(5, 24))  # type: ignore[index, union-attr, operator]
+    item = SparseGPT(
+        sparsity=0.6 if pattern == "unstructured" else None,
+        pattern=Pattern.parse(pattern),
+        refit=refit,
+        step=8,
+    )
+    found = [
+        check_pass(item, model, (data,), calibration=[data]).after
+        for model, data in ((convolution, x), (product, patches.flatten(0, 1).flatten(1)))
+    ]
+    for name in ("0.weight", "0.weight_mask"):
+        ours = found[0].tensor(name).movedim(1, -1).reshape(5, 24)
+        # Both factor the same matrix; sums may be taken in another order.
+        torch.testing.assert_close(ours, found[1].tensor(name), rtol=1e-4, atol=1e-5)
+    assert 0.5 <= found[0].sparsity["0.weight"].sparsity <= 0.6
+
+
+def test_convolutions_that_read_the_same_value_see_each_its_own_of_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(3, 4, 3, padding=1)
+            self.point = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x) + self.point(x)
+
+    x = values(4, 3, 6, 6)
+    checked = check_pass(SparseGPT(sparsity=0.5), settle(Model()), (x,), calibration=[x])
+    assert {name: promise.mask.shape for name, promise in checked.after.sparsity.items()} == {
+        "wide.weight": (4, 3, 3, 3),
+        "point.weight": (4, 3, 1, 1),
+    }
+
+
 def test_leaves_alone_what_has_no_hessian_or_other_users() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(11, 8)
-            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+            self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=2)
             self.head = nn.Linear(8, 11, bias=False)
             self.head.weight = self.embed.weight
 
@@ -120,7 +167,7 @@ def test_leaves_alone_what_has_no_hessian_or_other_users() -> None:
         (ids,),
         calibration=[ids],
         unchanged=True,
-        remarks=["kind conv1d has no Hessian", "its weight has other users"],
+        remarks=["its inputs are divided into 2 groups", "its weight has other users"],
     )
     assert not checked.after.sparsity
 

@@ -88,15 +88,37 @@ def test_earlier_masks_count() -> None:
     assert torch.equal(checked.after.sparsity["2.weight"].mask, checked.before.sparsity["2.weight"].mask)
 
 
-def test_leaves_convolutions_alone() -> None:
-    x = values(2, 3, 6, 6)
+def test_convolutions_are_scored_by_what_lies_under_their_kernels() -> None:
+    x = values(4, 3, 6, 6) * torch.logspace(-1, 1, 6)  # the last columns are large
+    model = settled(nn.Conv2d(3, 4, 3, padding=1))
+    checked = check_pass(Wanda(sparsity=0.5), model, (x,), calibration=[x])
+    weight = model[0].weight.detach()  # type: ignore[index, union-attr, operator]
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    mask = checked.after.tensor("0.weight_mask")
+    assert mask.shape == weight.shape
+    norms = torch.stack(
+        [
+            padded[:, :, row : row + 6, column : column + 6].square().sum((0, 2, 3)).sqrt()
+            for row in range(3)
+            for column in range(3)
+        ],
+        1,
+    ).reshape(3, 3, 3)
+    scores = weight.abs() * norms
+    for row, kept in zip(scores, mask, strict=True):
+        # 27 inputs, of which half, rounded down, go
+        assert int(kept.sum()) == 14 and row[kept].min() > row[~kept].max()
+
+
+def test_leaves_convolutions_with_groups_alone() -> None:
+    x = values(2, 4, 6, 6)
     check_pass(
         Wanda(sparsity=0.5),
-        settled(nn.Conv2d(3, 4, 3)),
+        settled(nn.Conv2d(4, 4, 3, groups=4)),
         (x,),
         calibration=[x],
         unchanged=True,
-        remarks=["kind conv2d has no Hessian"],
+        remarks=["its inputs are divided into 4 groups"],
     )
 
 
