@@ -107,13 +107,20 @@ def _attention(context: Lowering, node: fx.Node) -> Value:
     assert isinstance(scale, (int, float))
     operands = [query, key, value]
     mask = argument(node, 3)
-    if isinstance(mask, fx.Node):
+    if isinstance(mask, fx.Node) and not _hides_nothing(context.constant(mask)):
         operands.append(_mask(context, mask, key, heads=tensor_of(node_argument(node, 0)).dim() == 4))
     shape = (*query.shape[:3], value.shape[3])
     result = context.step(
         "attention", operands, "f32", shape, (int(bool(argument(node, 5))),), (float(scale),)
     )
     return context.reshape(result, context.shape(node))
+
+
+def _hides_nothing(mask: torch.Tensor | None) -> bool:
+    """Whether a mask changes no score in any call: models make one where they are given none."""
+    if mask is None:
+        return False
+    return bool(mask.all() if mask.dtype == torch.bool else not mask.any())
 
 
 def _mask(context: Lowering, node: fx.Node, key: Value, *, heads: bool) -> Value:

@@ -329,6 +329,24 @@ def test_attention(compare: Compare) -> None:
     compare(function, [*(randn(*shape, seed=seed) for seed, shape in enumerate(shapes)), mask], rtol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["added", "boolean"])
+def test_a_stored_mask_that_hides_nothing_is_left_out(compare: Compare, kind: str) -> None:
+    """Models store one that was made of ones, where they were traced without a mask."""
+
+    def operands(hidden: bool) -> int:
+        seen = torch.ones(5, 9, dtype=torch.bool)
+        seen[1, 2] = not hidden
+        mask = torch.where(seen, 0.0, -1e9) if kind == "added" else seen
+
+        def function(_: Any, q: Tensor, k: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(q, k, k, mask)
+
+        session = compare(function, [randn(2, 4, 5, 8), randn(2, 4, 9, 8, seed=1)], rtol=2e-6)
+        return [name for name, _ in session.model.steps].count("dense_rows")
+
+    assert operands(hidden=False) == 3 and operands(hidden=True) == 4
+
+
 def test_attention_is_the_same_with_any_number_of_threads(lower: Lower, load: Load) -> None:
     """With many heads for each thread, each takes whole heads; with few, they share what is arranged once."""
 

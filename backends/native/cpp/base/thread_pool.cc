@@ -195,12 +195,15 @@ Range split_evenly(std::int64_t count, std::int64_t unit, int threads, int threa
 }
 
 Range split_by_cost(Span<const std::uint64_t> before, std::uint64_t each, std::int64_t unit, int threads,
-                    int thread) noexcept {
-  const auto count = static_cast<std::int64_t>(before.size()) - 1;
+                    int thread, std::int64_t times) noexcept {
+  const auto once = static_cast<std::int64_t>(before.size()) - 1, count = once * times;
   if (count <= 0) return {};
-  const auto cost_before = [&](std::int64_t item) {
-    const auto i = static_cast<std::size_t>(item);
+  const auto cost_of_first = [&](std::int64_t items) {
+    const auto i = static_cast<std::size_t>(items);
     return before[i] - before[0] + each * i;
+  };
+  const auto cost_before = [&](std::int64_t item) {
+    return static_cast<std::uint64_t>(item / once) * cost_of_first(once) + cost_of_first(item % once);
   };
   const std::uint64_t total = cost_before(count);
   // Cut number t: the first item with at least t/threads of the total before it, to the nearest unit.

@@ -77,9 +77,10 @@ struct Range {
 Range split_evenly(std::int64_t count, std::int64_t unit, int threads, int thread) noexcept;
 
 // The same for items of unequal cost, such as the rows of a sparse matrix: item i costs `each` plus
-// before[i + 1] - before[i]. `before` has count + 1 ascending entries.
+// before[i + 1] - before[i]. `before` has count + 1 ascending entries; all items come `times` times, one round
+// after the other, and are counted on.
 Range split_by_cost(Span<const std::uint64_t> before, std::uint64_t each, std::int64_t unit, int threads,
-                    int thread) noexcept;
+                    int thread, std::int64_t times = 1) noexcept;
 
 }  // namespace sqc
 

@@ -111,12 +111,12 @@ Status run_shared(ThreadPool& pool, std::int64_t count, std::int64_t unit, std::
   });
 }
 
-// The same for items of unequal cost; see split_by_cost.
+// The same for items of unequal cost, `times` times one after the other; see split_by_cost.
 template <class F>
 Status run_shared_by_cost(ThreadPool& pool, Span<const std::uint64_t> before, std::uint64_t each, std::int64_t unit,
-                          std::int64_t least, F f) noexcept {
+                          std::int64_t least, F f, std::int64_t times = 1) noexcept {
   WorkShares shares(pool.threads(), unit, least);
-  for (int i = 0; i < pool.threads(); ++i) shares.set(i, split_by_cost(before, each, unit, pool.threads(), i));
+  for (int i = 0; i < pool.threads(); ++i) shares.set(i, split_by_cost(before, each, unit, pool.threads(), i, times));
   return pool.run_available([&](int thread) {
     for (Range part; shares.take(thread, &part);) f(thread, part);
   });

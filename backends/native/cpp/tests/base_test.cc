@@ -211,6 +211,23 @@ SQC_TEST(split_by_cost_balances_cost) {
   }
 }
 
+// Two rounds for two threads: each has one.
+SQC_TEST(split_by_cost_in_rounds) {
+  const std::vector<std::uint64_t> before = {5, 6, 16, 17, 17};
+  for (const std::int64_t times : {0, 1, 2, 6}) {
+    for (const int threads : {1, 2, 3}) {
+      std::int64_t next = 0;
+      for (int t = 0; t < threads; ++t) {
+        const Range range = split_by_cost({before.data(), before.size()}, 1, 1, threads, t, times);
+        SQC_CHECK(range.begin == next && range.end >= range.begin);
+        if (times % threads == 0) SQC_CHECK(range.end - range.begin == 4 * times / threads);
+        next = range.end;
+      }
+      SQC_CHECK(next == 4 * times);
+    }
+  }
+}
+
 SQC_TEST(isa_names_round_trip) {
   for (const Isa isa : isa_levels()) {
     Isa found = Isa::scalar;

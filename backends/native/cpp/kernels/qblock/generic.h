@@ -3,8 +3,8 @@
 #ifndef SQC_KERNELS_QBLOCK_GENERIC_H_
 #define SQC_KERNELS_QBLOCK_GENERIC_H_
 
+#include "kernels/lanes.h"
 #include "kernels/qblock/qblock.h"
-#include "kernels/qgemm/generic.h"
 
 namespace sqc {
 namespace {
@@ -50,12 +50,13 @@ static void interleave_tile(const QblockParams& s, std::int64_t tile) {
   }
 }
 
-// Adds the products of `count` blocks to sums[output][row], Outputs x Vectors of 16 rows. `values` and
-// `act` point at the first output and row; a block has `block_bytes`, a unit of 4 k `unit_bytes`.
+// The products of `count` blocks: sums[output][row], Outputs x Vectors of 16 rows; if not the `first` ones, added to
+// what is there. `values` and `act` point at the first output and row; a block has `block_bytes`, a unit of 4 k
+// `unit_bytes`.
 template <class S, int Outputs, int Vectors>
 static SQC_INLINE void add_blocks(const std::uint8_t* index, std::int64_t count, const std::int8_t* values,
                                   std::int64_t block_bytes, const std::uint8_t* act, std::int64_t unit_bytes,
-                                  std::int32_t* sums, std::int64_t sum_stride) {
+                                  bool first, std::int32_t* sums, std::int64_t sum_stride) {
   typename S::Acc acc[Outputs][Vectors];
   SQC_UNROLL for (int o = 0; o < Outputs; ++o) SQC_UNROLL for (int v = 0; v < Vectors; ++v) acc[o][v] = S::zero();
   for (std::int64_t i = 0; i < count; ++i, values += block_bytes) {
@@ -70,7 +71,8 @@ static SQC_INLINE void add_blocks(const std::uint8_t* index, std::int64_t count,
   SQC_UNROLL for (int o = 0; o < Outputs; ++o) {
     SQC_UNROLL for (int v = 0; v < Vectors; ++v) {
       std::int32_t* sum = sums + o * sum_stride + v * 16;
-      S::store_i(sum, S::add_i(S::load_i(sum), S::reduce(acc[o][v])));
+      const auto added = S::reduce(acc[o][v]);
+      S::store_i(sum, first ? added : S::add_i(S::load_i(sum), added));
     }
   }
 }
@@ -78,14 +80,15 @@ static SQC_INLINE void add_blocks(const std::uint8_t* index, std::int64_t count,
 template <class S, int Outputs, int MaxVectors>
 static SQC_INLINE void add_blocks_to(int vectors, const std::uint8_t* index, std::int64_t count,
                                      const std::int8_t* values, std::int64_t block_bytes, const std::uint8_t* act,
-                                     std::int64_t unit_bytes, std::int32_t* sums, std::int64_t sum_stride) {
+                                     std::int64_t unit_bytes, bool first, std::int32_t* sums,
+                                     std::int64_t sum_stride) {
   if constexpr (MaxVectors > 1) {
     if (vectors < MaxVectors) {
-      return add_blocks_to<S, Outputs, MaxVectors - 1>(vectors, index, count, values, block_bytes, act, unit_bytes, sums,
-                                                       sum_stride);
+      return add_blocks_to<S, Outputs, MaxVectors - 1>(vectors, index, count, values, block_bytes, act, unit_bytes, first,
+                                                       sums, sum_stride);
     }
   }
-  add_blocks<S, Outputs, MaxVectors>(index, count, values, block_bytes, act, unit_bytes, sums, sum_stride);
+  add_blocks<S, Outputs, MaxVectors>(index, count, values, block_bytes, act, unit_bytes, first, sums, sum_stride);
 }
 
 // All rows of blocks of panels [begin, end), for one chunk of one tile.
@@ -98,29 +101,53 @@ static void multiply_chunk(const QblockParams& s, std::int64_t begin, std::int64
   const std::uint8_t* act = tile_data(s, tile) + chunk * s.chunk * rows * 4;
   for (std::int64_t r = begin * 16 / outputs; r < end * 16 / outputs; ++r) {
     const auto first = static_cast<std::int64_t>(start[r]), count = static_cast<std::int64_t>(start[r + 1]) - first;
-    if (count == 0) continue;
+    if (count == 0 && chunk > 0) continue;
     for (std::int64_t o = 0; o < outputs; o += Outputs) {
       for (std::int64_t v = 0; v < rows; v += Vectors * 16) {
         const auto vectors = static_cast<int>(rows - v < Vectors * 16 ? (rows - v) / 16 : Vectors);
         add_blocks_to<S, Outputs, Vectors>(vectors, s.index + first, count, s.values + first * block_bytes + o * 4,
-                                           block_bytes, act + v * 4, rows * 4,
+                                           block_bytes, act + v * 4, rows * 4, chunk == 0,
                                            sums + ((r * outputs + o) - begin * 16) * rows + v, rows);
       }
     }
   }
 }
 
+// What qgemm's finish_panel does, sixteen rows of an output at a time, and then sixteen outputs of a row.
 template <class S>
 static void finish_tile(const QblockParams& s, std::int64_t begin, std::int64_t end, std::int64_t tile,
                         const std::int32_t* sums) {
+  const QgemmParams& p = s.dense;
   const std::int64_t rows = tile_rows(s, tile);
-  for (std::int64_t panel = begin; panel < end; ++panel, sums += 16 * rows) {
-    for (std::int64_t r = 0; r < rows; r += 16) {
+  const auto low = S::set_f(p.low), high = S::set_f(p.high);
+  for (std::int64_t r = 0; r < rows; r += 16) {
+    const std::int64_t first = tile * kQblockTileRows + r, here = p.m - first < 16 ? p.m - first : 16;
+    alignas(64) float scales[16] = {};
+    alignas(64) std::int32_t zeros[16] = {};
+    for (std::int64_t i = 0; i < here; ++i) {
+      scales[i] = p.a_scale[(first + i) * p.a_scale_stride];
+      zeros[i] = p.a_zero[(first + i) * p.a_zero_stride] - S::kActOffset;
+    }
+    const auto scale = S::load_f(scales);
+    const auto zero = S::load_i(zeros);
+    // Panel after panel, so that each row of c is written from the left to the right.
+    for (std::int64_t panel = begin; panel < end; ++panel) {
+      const std::int32_t* of_panel = sums + (panel - begin) * 16 * rows + r;
+      const std::int64_t n = panel * 16;
       typename S::I32 v[16];
-      for (int i = 0; i < 16; ++i) v[i] = S::load_i(sums + i * rows + r);
+      SQC_UNROLL for (int i = 0; i < 16; ++i) {
+        const auto sum = S::sub_i(S::load_i(of_panel + i * rows), S::mul_i(S::set_i(p.b_sum[n + i]), zero));
+        const auto bias = p.bias != nullptr ? S::set_f(p.bias[n + i]) : S::set_f(0.0f);
+        const auto value = S::fma_f(S::to_float(sum), S::mul_f(scale, S::set_f(p.b_scale[n + i])), bias);
+        v[i] = S::as_int(S::min_f(high, S::max_f(low, value)));
+      }
       S::transpose(v);
-      const std::int64_t m = tile * kQblockTileRows + r;
-      for (int i = 0; i < 16 && m + i < s.dense.m; ++i) finish_panel<S>(s.dense, m + i, panel, v[i]);
+      float* c = p.c + first * p.c_stride + n;
+      if (here == 16 && p.n - n >= 16) {
+        SQC_UNROLL for (int i = 0; i < 16; ++i) S::store_f(c + i * p.c_stride, S::as_float(v[i]));
+        continue;
+      }
+      for (std::int64_t i = 0; i < here; ++i) store_lanes<S>(c + i * p.c_stride, p.n - n, S::as_float(v[i]));
     }
   }
 }
@@ -134,22 +161,22 @@ static void qblock_generic(const QblockParams& s, QblockPhase phase, std::int64_
     return;
   }
   const std::int64_t units = (s.dense.k + 3) / 4, chunks = (units + s.chunk - 1) / s.chunk;
-  const std::int64_t tiles = (s.dense.m + kQblockTileRows - 1) / kQblockTileRows;
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+  const std::int64_t panels = (s.dense.n + 15) / 16;
+  while (begin < end) {
     // A strip's sums stay in the L2 cache from chunk to chunk.
-    for (std::int64_t strip = begin; strip < end; strip += kQblockStripPanels) {
-      const std::int64_t strip_end = strip + kQblockStripPanels < end ? strip + kQblockStripPanels : end;
-      const std::int64_t count = (strip_end - strip) * 16 * tile_rows(s, tile);
-      std::memset(sums, 0, static_cast<std::size_t>(count) * sizeof *sums);
-      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-        if (s.block_outputs == 1) {
-          multiply_chunk<S, 1, Vectors>(s, strip, strip_end, chunk, tile, sums);
-        } else {
-          multiply_chunk<S, Outputs, Vectors>(s, strip, strip_end, chunk, tile, sums);
-        }
+    const std::int64_t tile = begin / panels, strip = begin % panels;
+    std::int64_t count = end - begin < panels - strip ? end - begin : panels - strip;
+    if (count > kQblockStripPanels) count = kQblockStripPanels;
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      if (s.block_outputs == 1) {
+        multiply_chunk<S, 1, Vectors>(s, strip, strip + count, chunk, tile, sums);
+      } else {
+        multiply_chunk<S, Outputs, Vectors>(s, strip, strip + count, chunk, tile, sums);
       }
-      finish_tile<S>(s, strip, strip_end, tile, sums);
     }
+    if (chunks == 0) std::memset(sums, 0, static_cast<std::size_t>(count * 16 * tile_rows(s, tile)) * sizeof *sums);
+    finish_tile<S>(s, strip, strip + count, tile, sums);
+    begin += count;
   }
 }
 

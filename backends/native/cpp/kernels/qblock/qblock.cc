@@ -57,12 +57,14 @@ Status qblock(ThreadPool& pool, const Kernel<QblockFunction>& kernel, const Qblo
     const Range range = split_evenly(tiles, 1, pool.threads(), thread);
     if (range.begin < range.end) kernel.run(params, QblockPhase::interleave, range.begin, range.end, nullptr);
   }));
-  // A panel without blocks still takes the time of its outputs.
-  return run_shared_by_cost(pool, {params.blocks_before, static_cast<std::size_t>(panels) + 1}, 8, 1, 1,
-                            [&](int thread, Range part) {
-                              kernel.run(params, QblockPhase::multiply, part.begin, part.end,
-                                         sums + thread * kQblockSumCount);
-                            });
+  // A panel without blocks still takes the time of its outputs. Tile after tile: where there are as many as threads,
+  // each finds the rows that it interleaved in its own cache, and leaves its results there to what works on rows next.
+  return run_shared_by_cost(
+      pool, {params.blocks_before, static_cast<std::size_t>(panels) + 1}, 8, 1, 1,
+      [&](int thread, Range part) {
+        kernel.run(params, QblockPhase::multiply, part.begin, part.end, sums + thread * kQblockSumCount);
+      },
+      tiles);
 }
 
 std::int64_t qblock_start_count(std::int64_t n, std::int64_t k, std::int64_t block_outputs, std::int64_t chunk) noexcept {

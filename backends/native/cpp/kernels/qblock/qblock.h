@@ -35,7 +35,7 @@ struct QblockParams {
 
 enum class QblockPhase : std::uint8_t {
   interleave,  // [begin, end) counts tiles of rows
-  multiply,    // [begin, end) counts panels of 16 outputs; `sums` is this thread's own
+  multiply,    // [begin, end) counts panels of 16 outputs, tile after tile; `sums` is this thread's own
 };
 
 using QblockFunction = void (*)(const QblockParams& params, QblockPhase phase, std::int64_t begin, std::int64_t end,
