@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from sqcompile.layers import Layer, layers_of
 from sqcompile.metrics import Distance, DistanceMeter, distance
 from sqcompile.program import Program
 from sqcompile.text import locate
+
+Watch = Callable[[Sequence[Any], Collection[fx.Node], Callable[[fx.Node, Any], None]], object]
+"""Runs a program on flat inputs and hands over the values of some of its nodes, in graph order."""
 
 # What a comparison keeps of one value: enough for stable figures, little enough for large models.
 _SAMPLE = 1 << 18
@@ -51,7 +55,12 @@ class LayerDistance:
 
 
 def compare_layers(
-    reference: Program, program: Program, batches: Iterable[Sequence[Any]]
+    reference: Program,
+    program: Program,
+    batches: Iterable[Sequence[Any]],
+    *,
+    run_reference: Watch | None = None,
+    run_program: Watch | None = None,
 ) -> list[LayerDistance]:
     """Compare the outputs of the layers of one program with the same values in another.
 
@@ -64,6 +73,8 @@ def compare_layers(
         reference: The program that is right, usually the one that was traced.
         program: The program to judge.
         batches: Flat inputs.
+        run_reference: What runs the first program, such as a `WatchedSession` of it; None: PyTorch.
+        run_program: What runs the second.
 
     Returns:
         One entry a layer, in graph order.
@@ -77,14 +88,11 @@ def compare_layers(
     def add(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
         meters.setdefault(node, DistanceMeter()).add(right, value)
 
+    run_reference = run_reference or partial(run_watched, reference)
+    run_program = run_program or partial(run_watched, program)
+    wanted = {node: pairs[node] for node in watched if node is not None and node in pairs}
     for batch in batches:
-        _meet(
-            reference,
-            program,
-            {node: pairs[node] for node in watched if node is not None and node in pairs},
-            batch,
-            add,
-        )
+        _meet(run_reference, run_program, wanted, batch, add)
     found: dict[fx.Node | None, Distance] = {node: meter.result() for node, meter in meters.items()}
     return [
         LayerDistance(
@@ -121,7 +129,8 @@ def first_jump(
             found.append(node)
 
     try:
-        _meet(before, after, _counterparts(before, nodes), batch, judge)
+        pairs = _counterparts(before, nodes)
+        _meet(partial(run_watched, before), partial(run_watched, after), pairs, batch, judge)
     except Error:
         return None  # the new program cannot even be run
     return locate(found[0]) if found else None
@@ -145,8 +154,8 @@ def _feeding(layer: Layer, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
 
 
 def _meet(
-    reference: Program,
-    program: Program,
+    run_reference: Watch,
+    run_program: Watch,
     pairs: dict[fx.Node, fx.Node],
     batch: Sequence[Any],
     on_pair: Callable[[fx.Node, torch.Tensor, torch.Tensor], None],
@@ -166,8 +175,8 @@ def _meet(
         if sample.shape == other.shape:
             on_pair(node, other, sample)
 
-    run_watched(reference, batch, set(pairs.values()), keep)
-    run_watched(program, batch, pairs, meet)
+    run_reference(batch, set(pairs.values()), keep)
+    run_program(batch, pairs, meet)
 
 
 def _undone(node: fx.Node, value: torch.Tensor) -> torch.Tensor:

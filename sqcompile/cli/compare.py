@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from sqcompile.pipeline.manager import Instrument
     from sqcompile.program import Program
     from sqcompile.recipe import Recipe
+    from sqcompile.watched import WatchedSession
 
 _JUMP_DB = 10.0
 """A fall of the SQNR by so much, from one layer to the next, is called a jump."""
@@ -62,8 +64,8 @@ def compare(
     """Compare two models or artifacts: their outputs, and layer by layer where the error comes from.
 
     SQNR is the power of the signal over that of the error: 20 dB is an error of a tenth, 40 dB of a
-    hundredth. Layers are paired by name. Outputs are those of the runtimes; the layers of an .onnx or .sqm file, which
-    no runtime shows, are those of the recipe that it carries, compiled again and run in PyTorch.
+    hundredth. Layers are paired by name. Outputs are those of the runtimes, and so are the layers of an .onnx or .sqm
+    file: the recipe that it carries is compiled again, with each layer's value as a further output.
 
     **Examples**
 
@@ -82,7 +84,7 @@ def compare(
     _check_outputs(first, second)
     pairs = list(zip(flat_batches(first, batches), flat_batches(second, batches), strict=True))
     outputs = _compare_outputs(first, second, pairs)
-    layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs])
+    layers, why_not = _compare_layers(first, second, [flat for flat, _ in pairs], threads)
     jump = find_jump(layers)
     steps, trials = _bisect(first, second, [flat for flat, _ in pairs]) if bisect else ([], [])
     blamed = find_jump(steps)
@@ -162,31 +164,66 @@ def _compare_outputs(
 
 
 def _compare_layers(
-    first: Subject, second: Subject, batches: Sequence[list[Any]]
+    first: Subject, second: Subject, batches: Sequence[list[Any]], threads: int | None
 ) -> tuple[list[LayerDistance], list[str]]:
     """Return one row a layer, or the reason why there are none."""
     from sqcompile.compare import compare_layers
+    from sqcompile.errors import BackendError
 
-    programs = []
-    notes = []
+    sides = []
     for subject in (first, second):
-        program, note = _program_of(subject)
-        if program is None:
-            return [], [note]
-        programs.append(program)
-        notes += [note] if note else []
-    rows = compare_layers(programs[0], programs[1], batches)
+        side, reason = _side_of(subject, threads)
+        if side is None:
+            return [], [reason]
+        sides.append(side)
+    tracked = progress().track(batches, "comparing layers")
+    try:
+        rows = compare_layers(
+            sides[0].program, sides[1].program, tracked, run_reference=sides[0].run, run_program=sides[1].run
+        )
+        notes = [note for side in sides for note in side.notes()]
+    except BackendError as error:
+        # A runtime that cannot hand the layers over is no reason to show none.
+        rows = compare_layers(sides[0].program, sides[1].program, batches)
+        notes = [f"the layers are those of the recipes, run in PyTorch: {error.what}"]
     return rows, notes if rows else [*notes, "the two have no layers of the same names"]
 
 
-def _program_of(subject: Subject) -> tuple[Program | None, str]:
-    """Return the program of a subject, of an artifact made again by the recipe that it carries; and what to say."""
+@dataclass(frozen=True)
+class _Side:
+    """A program to compare, and what runs it: None is PyTorch."""
+
+    name: str
+    program: Program
+    run: WatchedSession | None = None
+
+    def notes(self) -> list[str]:
+        """Return what to say about the layers, once they have been compared."""
+        if self.run is None:
+            return []
+        apart = self.run.apart
+        said = (
+            f"the layers of '{self.name}' are its runtime's own: its recipe was compiled again with each of them as "
+            "an output"
+        )
+        if not apart.finite or apart.sqnr_db < _ROUNDING_DB:
+            return [
+                f"{said}; so compiled, its outputs are not the file's: {apart}, as operators fuse differently"
+            ]
+        return [said]
+
+
+def _side_of(subject: Subject, threads: int | None) -> tuple[_Side | None, str]:
+    """Return the program of a subject, an artifact's made again by the recipe that it carries; or why there is none."""
+    from sqcompile.backend import get_backend
     from sqcompile.errors import Error
     from sqcompile.provenance import recipe_of
+    from sqcompile.saving import SUFFIXES
+    from sqcompile.watched import WatchedSession
 
     if subject.program is not None:
-        return subject.program, ""
-    assert subject.path is not None
+        return _Side(subject.name, subject.program), ""
+    assert subject.path is not None and subject.session is not None
     try:
         recipe = recipe_of(subject.path)
     except Error as error:
@@ -194,8 +231,13 @@ def _program_of(subject: Subject) -> tuple[Program | None, str]:
             None,
             f"'{subject.name}' shows its outputs only: {error.what} Compile to .pt2 to compare layers",
         )
-    note = f"the layers of '{subject.name}' are those of its recipe, run in PyTorch"
-    return _compile(recipe, recipe.passes).program, note
+    program = _compile(recipe, recipe.passes).program
+    writer = SUFFIXES[subject.path.suffix]
+    # The recipe's own where that is a kind of the one which writes such files: native-exact, say.
+    backend = get_backend(recipe.backend if recipe.backend.startswith(writer) else writer)
+    return _Side(
+        subject.name, program, WatchedSession(program, backend, subject.session, threads=threads)
+    ), ""
 
 
 def _compile(recipe: Recipe, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> Compiled:

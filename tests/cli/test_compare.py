@@ -8,6 +8,7 @@ import pytest
 
 from sqcompile.cli.compare import find_jump
 from sqcompile.compare import LayerDistance
+from sqcompile.errors import BackendError
 from sqcompile.metrics import EQUAL, Distance
 
 
@@ -170,17 +171,33 @@ def test_takes_onnx_files_of_other_tools(run, folder: Path) -> None:
     assert "damaged.onnx" in result.err
 
 
-def test_layers_of_an_artifact_are_those_of_its_recipe(run, folder: Path) -> None:
+def test_layers_of_an_artifact_are_its_runtimes_own(run, folder: Path) -> None:
     coarse = "fold-batch-norm,quantize-weights{weight=int8:channel=0,formats=[[fc,int2:channel=0]]}"
     for name, backend in (("net.onnx", "onnxruntime"), ("net.sqm", "native")):
         made = run("compile", "net.py:make", "-d", "x.npz", "-p", coarse, "-o", name, "--backend", backend)
         assert made.code == 0, made.err
         about = run("compare", "net.py:make", name, "-d", "x.npz", "--json").json
         assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"] and about["jump"] == "fc"
-        assert any("run in PyTorch" in note for note in about["notes"])
+        assert any("runtime's own" in note for note in about["notes"])
     both = run("compare", "net.onnx", "net.sqm", "-d", "x.npz", "--json").json
     assert both["outputs"]["output"]["sqnr_db"] > 40  # 8-bit data in the one, float in the other
     assert [layer["name"] for layer in both["layers"]] == ["conv", "fc"]
+    # The recipes' programs are one: what differs is how the runtimes compute the second layer.
+    assert all(40 < layer["sqnr_db"] < 100 for layer in both["layers"][1:])
+
+
+def test_a_runtime_that_cannot_hand_layers_over_is_told_of(
+    run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("compile", "net.py:make", "-d", "x.npz", "-o", "net.onnx")
+
+    def refuse(self, inputs, watched, on_value):
+        raise BackendError("No layers today.")
+
+    monkeypatch.setattr("sqcompile.watched.WatchedSession.__call__", refuse)
+    about = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--json").json
+    assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
+    assert any("run in PyTorch: No layers today." in note for note in about["notes"])
 
 
 def test_bisect_prints_what_to_paste(run, folder: Path) -> None:
