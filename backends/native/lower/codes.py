@@ -260,8 +260,7 @@ def _fused_maker(context: Lowering, found: Fused) -> Callable[[], Value]:
         if found.other is not None:
             codes, scale = found.other
             target = replace(target, other=(codes_of(context, codes), scale))
-        image, windows = found.layer.input_image(context)
-        value = found.layer.step(context, image, windows, target)
+        value = found.layer.add(context, target)
         return _defined(context, found.quantize, value)
 
     return make

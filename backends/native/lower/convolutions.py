@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ sq = torch.ops.sqcompile
 
 # Products that an int32 sum of 8-bit products holds; kernels/qgemm/qgemm.h.
 _MOST_PRODUCTS = 65536
+# Of pixels that have several columns; kernels/qimage/qimage.h.
+_MOST_TAP_BYTES, _MOST_TAP_STEP = 64, 16
 _INT8 = np.iinfo(np.int8)
 
 Floats = NDArray[np.float32]
@@ -69,8 +71,7 @@ def _convolution(context: Lowering, node: fx.Node) -> Value:
     layer = integer_layer(context, node)
     shape = context.shape(node)
     if layer is not None:
-        image, windows = layer.input_image(context)
-        result = layer.step(context, image, windows, Target(low=low))
+        result = layer.add(context, Target(low=low))
     else:
         result = _float_convolution(context, node, windows, low)
     for follower in followers:
@@ -238,15 +239,15 @@ class IntegerLayer:
         groups, outputs, _, inputs = self.matrices.shape
         return bool(groups > 1 and outputs == inputs == 1)
 
-    def input_image(self, context: Lowering) -> tuple[CodesImage, Windows]:
-        """Return the image that it reads, and where it looks in it."""
-        image = None if self.is_depthwise else few_channels(context, self.source, self.data, self.windows)
-        if image is not None:
-            return image, self.windows.without_padding()
-        return codes_of(context, self.source), self.windows
-
-    def step(self, context: Lowering, image: CodesImage, windows: Windows, target: Target) -> Value:
+    def add(self, context: Lowering, target: Target) -> Value:
         """Add the step; returns [N, H, W, C] of floats, or of codes with channels filled up."""
+        few = None if self.is_depthwise else few_channels(context, self)
+        if few is None:
+            return self._step(context, codes_of(context, self.source), target)
+        layer, image = few
+        return layer._step(context, image, target)
+
+    def _step(self, context: Lowering, image: CodesImage, target: Target) -> Value:
         groups, outputs, _, inputs = self.matrices.shape
         zero = self.data.zero
         sums = self.matrices.astype(np.int64).sum((2, 3)).reshape(-1)
@@ -265,7 +266,7 @@ class IntegerLayer:
         operator = self._operator if form.parts is None else form.operator
         weight = [self._weight(context)] if form.parts is None else _stored_parts(context, form)
         operands: list[Value | None] = [image.value, *weight, *arrays]
-        ints = [*windows.ints, groups, inputs, outputs, zero, 0, 0]
+        ints = [*self.windows.ints, groups, inputs, outputs, zero, 0, 0]
         if form.parts is not None:
             ints.append(form.chunk)
         if not self.is_depthwise:
@@ -443,12 +444,14 @@ def _bias(
     return None, numbers.detach().float().numpy()
 
 
-def few_channels(context: Lowering, source: fx.Node, scale: Scale, windows: Windows) -> CodesImage | None:
-    """Return what a model is given, quantized with four channels a pixel and the padding around, or None.
+def few_channels(context: Lowering, layer: IntegerLayer) -> tuple[IntegerLayer, CodesImage] | None:
+    """Return a layer over what a model is given, quantized with the padding around, or None.
 
-    With so few channels a pixel is less than a vector, but a row of the kernel is one run of memory, if no window
-    reaches over the border.
+    With at most four channels a pixel is less than a vector, but a row of the kernel is one run of memory, if no
+    window reaches over the border. The channels of a pixel are filled up to four; where that would be more than half
+    of what the kernel reads, a pixel has all columns that a row of the kernel sees instead.
     """
+    source, windows = layer.source, layer.windows
     if source.target is not sq.quantize.default or min(*windows.before, *windows.behind) < 0:
         return None
     x = node_argument(source, 0)
@@ -458,8 +461,19 @@ def few_channels(context: Lowering, source: fx.Node, scale: Scale, windows: Wind
     assert isinstance(channels, int)
     if channels > 4 or windows.spread != (1, 1) or windows.groups != 1 or not context.is_defined(x):
         return None
-    value = quantized_image(context, x, scale, 4, (windows.before, windows.behind))
-    return CodesImage(value, channels, scale.shift)
+    border = (windows.before, windows.behind)
+    layer = replace(layer, windows=windows.without_padding())
+    (_, columns), (_, step) = windows.kernel, windows.stride
+    room = -(-columns * channels // 4) * 4
+    if windows.dilation[1] > 1 or room > min(columns * 4 // 2, _MOST_TAP_BYTES) or step > _MOST_TAP_STEP:
+        value = quantized_image(context, x, layer.data, 4, border)
+        return layer, CodesImage(value, channels, layer.data.shift)
+    height, _ = windows.kernel
+    matrices = layer.matrices.reshape(1, -1, height, columns * channels)
+    width = image_shape(context, layer.node)[2]
+    value = quantized_image(context, x, layer.data, room, border, (columns, step, width))
+    image = CodesImage(value, columns * channels, layer.data.shift)
+    return replace(layer, matrices=matrices, windows=layer.windows.of_columns()), image
 
 
 def quantized_image(
@@ -468,13 +482,26 @@ def quantized_image(
     scale: Scale,
     room: int,
     border: tuple[Sequence[int], Sequence[int]] = ((0, 0), (0, 0)),
+    columns: tuple[int, int, Size] | None = None,
 ) -> Value:
-    """Quantize an image of floats, with a border of zeros around it."""
+    """Quantize an image of floats, with a border of zeros around it.
+
+    Args:
+        context: The plan under construction.
+        x: The image.
+        scale: Of the codes.
+        room: Bytes of a pixel.
+        border: Zeros above and to the left, below and to the right.
+        columns: Where a pixel of the result has several columns of the image: how many, how far the next pixel's
+            are, and how many pixels that makes.
+    """
     (top, left), (bottom, right) = border
     batch, height, width = image_shape(context, x)
     value = context.value(x, "f32")
     if value.rank == 3:
         value = context.reshape(value, [*value.shape[:2], 1, value.shape[2]])
-    shape = (batch, height + top + bottom, width + left + right, room)
-    ints = (scale.zero, scale.low, scale.high, top, bottom, left, right)
+    pixels = width + left + right if columns is None else columns[2]
+    shape = (batch, height + top + bottom, pixels, room)
+    taps = () if columns is None else columns[:2]
+    ints = (scale.zero, scale.low, scale.high, top, bottom, left, right, *taps)
     return context.step("quantize_image", [value], "u8", shape, ints, (scale.scale,))

@@ -64,6 +64,12 @@ class Windows:
         """Return the same on an image that has its padding already."""
         return replace(self, before=(0, 0), behind=(0, 0))
 
+    def of_columns(self) -> Windows:
+        """Return the same on an image whose pixels have all columns that a row of the kernel sees."""
+        return replace(
+            self, kernel=(self.kernel[0], 1), stride=(self.stride[0], 1), dilation=(self.dilation[0], 1)
+        )
+
 
 def convolution_windows(node: fx.Node) -> Windows:
     """Return the geometry of a convolution."""

@@ -48,6 +48,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "same": (lambda: nn.Conv2d(3, 4, 4, padding="same"), (1, 3, 6, 6)),
     "valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (1, 3, 6, 6)),
     "stem": (lambda: nn.Conv2d(3, 64, 7, stride=2, padding=3), (1, 3, 21, 22)),
+    "spectrogram": (lambda: nn.Conv2d(1, 20, (10, 4), stride=2, padding=(5, 1)), (2, 1, 19, 10)),
+    "grey": (lambda: nn.Conv2d(1, 6, 3, padding=1), (2, 1, 9, 40)),
+    "grey_dilation": (lambda: nn.Conv2d(1, 6, 3, padding=2, dilation=2), (1, 1, 9, 8)),
+    "two_channels": (lambda: nn.Conv2d(2, 17, (3, 8), stride=(1, 3), padding=(1, 2)), (2, 2, 5, 70)),
+    "wave": (lambda: nn.Conv1d(1, 8, 9, stride=4, padding=4), (2, 1, 300)),
     "row": (lambda: nn.Conv1d(6, 10, 3, stride=2, padding=1), (2, 6, 11)),
     "row_depthwise": (lambda: nn.Conv1d(7, 7, 3, groups=7, padding=1), (2, 7, 11)),
     "transposed": (lambda: nn.ConvTranspose2d(6, 9, 3, stride=2, padding=1, output_padding=1), (2, 6, 4, 5)),
@@ -216,6 +221,23 @@ def test_a_batch_of_none_images_of_one_pixel_and_changing_sizes(lower: Lower, lo
     with pytest.raises(InputError, match="dimension 1"):
         session.run([torch.zeros(1, 4, 4, 4)])
     assert session.run([images(2, 9, 8)])[0].isfinite().all()
+
+
+def test_what_a_kernel_sees_of_few_channels_lies_together(lower: Lower, load: Load) -> None:
+    """Else three of four bytes of a grey image would say nothing."""
+    dims = {"input": {2: Dim("height", min=4, max=64), 3: Dim("width", min=4, max=64)}}
+    program = _quantized(
+        _made(lambda: nn.Sequential(nn.Conv2d(1, 8, (10, 4), 2, (5, 1)), nn.ReLU())),
+        (1, 1, 20, 10),
+        "int8",
+        dims,
+    )
+    artifact = lower(program)
+    session = load(artifact)
+    assert [product.k for product in artifact.products.values()] == [40]
+    _agrees(
+        program, session, [_random((1, 1, height, width)) for height, width in ((20, 10), (4, 5), (7, 64))]
+    )
 
 
 def test_an_image_that_is_too_small_is_an_error(lower: Lower, load: Load) -> None:

@@ -12,7 +12,7 @@ using sqc_tests::Random;
 namespace {
 
 void check(std::int64_t batch, std::int64_t channels, std::int64_t height, std::int64_t width, std::int64_t pixel,
-           std::int64_t border, bool planes, Random& random) {
+           std::int64_t border, bool planes, Random& random, std::int64_t taps = 1, std::int64_t step = 1) {
   const Array<float> x(batch * channels * height * width);
   for (float& v : x) v = static_cast<float>(random.integer(-40, 40)) * 0.125f;  // with ties
   QimageParams p = {};
@@ -34,12 +34,15 @@ void check(std::int64_t batch, std::int64_t channels, std::int64_t height, std::
   p.left = 2 * border;
   p.bottom = border;
   p.right = border;
-  const std::int64_t rows = height + 2 * border, columns = width + 3 * border;
+  p.taps = taps;
+  p.step = step;
+  const std::int64_t rows = height + 2 * border, columns = p.columns();
   const Array<std::uint8_t> seen(batch * rows * columns * pixel), expected(seen.size());
   for (std::int64_t i = 0; i < expected.size(); ++i) {
-    const std::int64_t c = i % pixel, w = i / pixel % columns - p.left, h = i / pixel / columns % rows - p.top, n = i / pixel / columns / rows;
+    const std::int64_t tap = i % pixel / channels, c = i % pixel % channels;
+    const std::int64_t w = i / pixel % columns * step + tap - p.left, h = i / pixel / columns % rows - p.top, n = i / pixel / columns / rows;
     float value = 0.0f;
-    if (c < channels && w >= 0 && w < width && h >= 0 && h < height) {
+    if (tap < taps && w >= 0 && w < width && h >= 0 && h < height) {
       value = x[n * p.batch_stride + c * p.channel_stride + h * p.row_stride + w * p.column_stride] / p.scale;
     }
     value = value < p.low ? p.low : value > p.high ? p.high : value;
@@ -82,14 +85,41 @@ SQC_TEST(qimage_kernels_agree) {
   }
 }
 
+SQC_TEST(qimage_several_columns_a_pixel) {
+  Random random(52);
+  for (const std::int64_t channels : {1, 2, 3}) {
+    for (const std::int64_t taps : {1, 2, 3, 4, 7}) {
+      for (const std::int64_t step : {std::int64_t{1}, std::int64_t{2}, std::int64_t{3}, kQimageMaxStep}) {
+        for (const std::int64_t width : {1, 10, 40, 300}) {
+          for (const std::int64_t border : {0, 1, 3}) {
+            check(2, channels, 3, width, (channels * taps + 3) / 4 * 4, border, width % 3 == 1, random, taps, step);
+          }
+        }
+      }
+    }
+  }
+  check(1, 1, 200, 120, 4, 1, true, random, 3, 1);
+  check(1, 4, 2, 90, kQimageTapBytes, 1, false, random, 16, 2);
+}
+
 SQC_TEST(qimage_refuses) {
   std::unique_ptr<ThreadPool> pool;
   SQC_CHECK(ThreadPool::create(1, &pool).is_ok());
   QimageParams p = {};
+  p.taps = p.step = 1;
   p.channels = 5;
   p.pixel = 4;
   SQC_CHECK(!qimage(*pool, qimage_kernel(Isa::scalar), p).is_ok());
   p.channels = 4;
   p.left = -1;
+  SQC_CHECK(!qimage(*pool, qimage_kernel(Isa::scalar), p).is_ok());
+  p.left = 0;
+  p.pixel = 1024;
+  for (const std::int64_t taps : {std::int64_t{0}, kQimageTapBytes / 4 + 1, std::int64_t{1} << 62}) {
+    p.taps = taps;
+    SQC_CHECK(!qimage(*pool, qimage_kernel(Isa::scalar), p).is_ok());
+  }
+  p.taps = 2;
+  p.step = kQimageMaxStep + 1;
   SQC_CHECK(!qimage(*pool, qimage_kernel(Isa::scalar), p).is_ok());
 }

@@ -28,8 +28,17 @@ bool is_image(const Tensor& x) noexcept {
 
 }  // namespace
 
-// Input: x f32 [N, C, H, W], however it lies. ints: the zero point, the lowest and highest code, and the border of zero
-// points: above, below, left, right. floats: the scale. Output u8 [N, H', W', P] with P >= C.
+namespace {
+
+// How many columns a pixel holds, and how far the next pixel's are: one, in files that do not say.
+std::int64_t pixel_taps(const Operands& c) noexcept { return c.ints() > 7 ? c.integer(7) : 1; }
+std::int64_t pixel_step(const Operands& c) noexcept { return c.ints() > 8 ? c.integer(8) : 1; }
+
+}  // namespace
+
+// Input: x f32 [N, C, H, W], however it lies. ints: the zero point, the lowest and highest code, the border of zero
+// points: above, below, left, right; columns of a pixel, and from one pixel to the next. floats: the scale. Output u8
+// [N, H', W', P] with P >= C times the columns of a pixel.
 Status prepare_quantize_image(PrepareContext& c) noexcept {
   const Tensor &x = c.in(0), &y = c.out();
   SQC_REQUIRE(x.dtype == DType::f32 && y.dtype == DType::u8 && x.rank == 4 && y.rank == 4);
@@ -38,7 +47,14 @@ Status prepare_quantize_image(PrepareContext& c) noexcept {
   for (int i = 3; i < 7; ++i) SQC_REQUIRE(c.integer(i) >= 0 && c.integer(i) < kLargest);
   SQC_REQUIRE(x.shape[2] < kLargest && x.shape[3] < kLargest);
   SQC_REQUIRE(y.shape[0] == x.shape[0] && y.shape[1] == x.shape[2] + c.integer(3) + c.integer(4));
-  SQC_REQUIRE(y.shape[2] == x.shape[3] + c.integer(5) + c.integer(6) && y.shape[3] >= x.shape[1]);
+  const std::int64_t taps = pixel_taps(c), step = pixel_step(c), columns = x.shape[3] + c.integer(5) + c.integer(6);
+  SQC_REQUIRE(taps >= 1 && step >= 1 && taps <= kQimageTapBytes && step <= kQimageMaxStep);
+  SQC_REQUIRE(x.shape[1] < kLargest && (taps * step == 1 || x.shape[1] * taps <= kQimageTapBytes));
+  if (columns < taps) {
+    return misfit("the kernel covers %lld places, more than the %lld of the padded image", static_cast<long long>(taps),
+                  static_cast<long long>(columns));
+  }
+  SQC_REQUIRE(y.shape[2] == (columns - taps) / step + 1 && y.shape[3] >= x.shape[1] * taps);
   return Status::ok();
 }
 
@@ -64,6 +80,8 @@ Status run_quantize_image(RunContext& c) noexcept {
   p.bottom = c.integer(4);
   p.left = c.integer(5);
   p.right = c.integer(6);
+  p.taps = pixel_taps(c);
+  p.step = pixel_step(c);
   return qimage(c.pool, c.kernels.qimage, p);
 }
 

@@ -83,19 +83,58 @@ static void quantize_planes(const QimageParams& p, const Quantizer<S>& quantizer
   }
 }
 
+// Several columns a pixel: codes of the row first, then what each pixel sees of them. `x` is the first column of the image,
+// `y` the first pixel.
+template <class S>
+static void quantize_columns(const QimageParams& p, const Quantizer<S>& quantizer, const float* x, std::uint8_t* y) {
+  constexpr std::int64_t kPixels = 16;  // at a time
+  std::uint8_t row[((kPixels - 1) * kQimageMaxStep + 1) * kQimageTapBytes];
+  const std::int64_t columns = p.columns(), bytes = p.taps * p.channels;
+  for (std::int64_t first = 0; first < columns; first += kPixels) {
+    const std::int64_t pixels = columns - first < kPixels ? columns - first : kPixels;
+    // Columns [begin, end) of the bordered image, and which of them the image has.
+    const std::int64_t begin = first * p.step, end = begin + (pixels - 1) * p.step + p.taps;
+    const std::int64_t from = begin < p.left ? p.left : begin, to = end < p.left + p.width ? end : p.left + p.width;
+    if (from > begin || to < end) std::memset(row, p.zero, static_cast<std::size_t>((end - begin) * p.channels));
+    for (std::int64_t c = 0; c < p.channels; ++c) {
+      for (std::int64_t w = from; w < to; w += 16) {
+        const std::int64_t count = to - w < 16 ? to - w : 16;
+        std::uint8_t codes[16];
+        const float* at = x + c * p.channel_stride + (w - p.left) * p.column_stride;
+        S::store_bytes(codes, quantizer.codes(load_strided<S>(at, p.column_stride, count)));
+        std::uint8_t* out = row + (w - begin) * p.channels + c;
+        for (std::int64_t i = 0; i < count; ++i) out[i * p.channels] = codes[i];
+      }
+    }
+    for (std::int64_t i = 0; i < pixels; ++i, y += p.pixel) {
+      if (bytes == 4) {
+        std::memcpy(y, row + i * p.step * p.channels, 4);
+      } else {
+        std::memcpy(y, row + i * p.step * p.channels, static_cast<std::size_t>(bytes));
+      }
+      for (std::int64_t b = bytes; b < p.pixel; ++b) y[b] = static_cast<std::uint8_t>(p.zero);
+    }
+  }
+}
+
 template <class S>
 static void qimage_generic(const QimageParams& p, std::int64_t begin, std::int64_t end) {
   const Quantizer<S> quantizer(p);
-  const std::int64_t rows = p.top + p.height + p.bottom, row_bytes = (p.left + p.width + p.right) * p.pixel;
+  const std::int64_t rows = p.top + p.height + p.bottom, row_bytes = p.columns() * p.pixel;
+  const bool several = p.taps > 1 || p.step > 1;
   for (std::int64_t row = begin; row < end; ++row) {
     std::uint8_t* y = p.y + row * row_bytes;
     const std::int64_t h = row % rows - p.top;
     // Whatever no channel is written to.
-    if (h < 0 || h >= p.height || p.left > 0 || p.right > 0 || p.channels < p.pixel) {
+    if (h < 0 || h >= p.height || (!several && (p.left > 0 || p.right > 0 || p.channels < p.pixel))) {
       std::memset(y, p.zero, static_cast<std::size_t>(row_bytes));
     }
     if (h < 0 || h >= p.height) continue;
     const float* x = p.x + row / rows * p.batch_stride + h * p.row_stride;
+    if (several) {
+      quantize_columns(p, quantizer, x, y);
+      continue;
+    }
     y += p.left * p.pixel;
     if (p.pixel == 4) {
       quantize_fours(p, quantizer, x, y);

@@ -21,8 +21,12 @@ Status qimage(ThreadPool& pool, const Kernel<QimageFunction>& kernel, const Qima
   for (const std::int64_t size : {p.batch, p.channels, p.height, p.width, p.top, p.bottom, p.left, p.right}) {
     if (size < 0) return Status::error(StatusCode::kInvalidArgument, "qimage: a size is negative");
   }
-  if (p.pixel < p.channels) return Status::error(StatusCode::kInvalidArgument, "qimage: a pixel has less room than channels");
-  const std::int64_t rows = p.batch * (p.top + p.height + p.bottom), columns = p.left + p.width + p.right;
+  const bool fits = p.step <= kQimageMaxStep && p.taps <= kQimageTapBytes && p.channels * p.taps <= kQimageTapBytes;
+  if (p.taps < 1 || p.step < 1 || (!fits && (p.taps > 1 || p.step > 1))) {
+    return Status::error(StatusCode::kInvalidArgument, "qimage: a pixel cannot have so many columns");
+  }
+  if (p.pixel < p.channels * p.taps) return Status::error(StatusCode::kInvalidArgument, "qimage: a pixel has less room than channels");
+  const std::int64_t rows = p.batch * (p.top + p.height + p.bottom), columns = p.columns();
   if (rows == 0 || columns * p.pixel == 0) return Status::ok();
   if (pool.threads() == 1 || rows * columns * p.pixel <= 16384) {
     kernel.run(p, 0, rows);

@@ -2,7 +2,9 @@
 //
 //   code = round(clamp(x / scale, low, high)) + zero        to the nearest, halves to even
 //
-// with a border of the zero point around the image where one is asked for. Bounds count from the zero point.
+// with a border of the zero point around the image where one is asked for. Bounds count from the zero point. A pixel of
+// y may hold several columns of the image beside each other, those that a row of a convolution's kernel sees: then a
+// kernel is one column wide, and an image of few channels has fewer bytes that say nothing.
 
 #ifndef SQC_KERNELS_QIMAGE_QIMAGE_H_
 #define SQC_KERNELS_QIMAGE_QIMAGE_H_
@@ -21,10 +23,17 @@ struct QimageParams {
   std::int64_t batch_stride, channel_stride, row_stride, column_stride;
   float scale, low, high;
   std::int32_t zero;
-  // y [batch][top + height + bottom][left + width + right][pixel]; bytes behind the channels are the zero point.
+  // y [batch][top + height + bottom][columns()][pixel]; bytes behind the channels are the zero point.
   std::uint8_t* y;
   std::int64_t pixel, top, bottom, left, right;
+  // Columns of the bordered image in a pixel, [columns of the pixel][channels], and from one pixel's first to the next's.
+  std::int64_t taps, step;
+
+  std::int64_t columns() const { return left + width + right < taps ? 0 : (left + width + right - taps) / step + 1; }
 };
+
+constexpr std::int64_t kQimageTapBytes = 64;  // the most in a pixel of several columns
+constexpr std::int64_t kQimageMaxStep = 16;
 
 // Rows [begin, end) of y, counted through the batch.
 using QimageFunction = void (*)(const QimageParams& params, std::int64_t begin, std::int64_t end);
