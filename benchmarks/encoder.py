@@ -1,11 +1,12 @@
 """BERT-base: the native engine, dense and in blocks, beside ONNX Runtime's int8.
 
-    python benchmarks/encoder.py [--layers 12] [--batch 1] [--sequence 128] [--rounds 15] [--quick] [--json out.json]
+    python benchmarks/encoder.py [--layers 12] [--batch 1] [--sequence 128] [--rounds 15] [--quick]
+        [--work FOLDER] [--prepare] [--json out.json]
 
 Random weights: speed does not depend on values, but for how many are zero, which magnitude pruning decides.
 The contenders take turns; ratios are medians of the turns' ratios. ONNX Runtime gets its own quantizers, dynamic
 and static (QDQ, activations u8, weights s8 a channel), after its `quant_pre_process` (shapes, graph optimization);
-the best of them counts.
+the best of them counts. `--prepare` only compiles, into the work folder, where a later run finds the files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import logging
 import os
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,27 +83,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="three rounds, without the static contenders")
     parser.add_argument("--profile", action="store_true", help="say where our time goes, by operator")
+    parser.add_argument("--work", type=Path, default=Path("build/encoder"), help="folder of compiled models")
+    parser.add_argument("--prepare", action="store_true", help="compile only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     if options.quick:
         options.rounds = 3
-    model = _model(options.layers)
     ids = torch.randint(
         0, VOCABULARY, (options.batch, options.sequence), generator=torch.Generator().manual_seed(0)
     )
+    files = _prepare(ids, options)
+    if options.prepare:
+        return
     calls: dict[str, Callable[[], Any]] = {}
     sessions = {}
-    for name, passes in OURS.items():
-        if options.quick and passes is STATIC:
-            continue
-        sessions[name] = session = _native(model, ids, passes, options.threads)
-        calls[name] = lambda session=session: session.inner.run([ids.numpy()])
-    with tempfile.TemporaryDirectory() as folder:
-        for name, path in _exported(model, ids, Path(folder), static=not options.quick).items():
+    for name, path in files.items():
+        if path.suffix == ".sqm":
+            sessions[name] = session = BACKEND.load(path, threads=options.threads)
+            calls[name] = lambda session=session: session.inner.run([ids.numpy()])
+        else:
             calls[name] = _onnxruntime(path, ids, options.threads)
-        times = alternate(calls, runs=options.rounds, settle=True)
+    times = alternate(calls, runs=options.rounds, settle=True)
     _print(times, options)
     if options.profile:
         for name, session in sessions.items():
@@ -117,12 +119,38 @@ def _model(layers: int) -> Any:
     return BertModel(BertConfig(num_hidden_layers=layers)).eval()
 
 
-def _native(model: Any, ids: torch.Tensor, passes: list[Pass], threads: int) -> Any:
+def _prepare(ids: torch.Tensor, options: argparse.Namespace) -> dict[str, Path]:
+    """Compile all contenders; those that are in the work folder already are taken from there."""
+    folder = options.work / f"{options.layers}-layers-{options.batch}x{options.sequence}"
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {
+        name: folder / f"{name.replace(' ', '_').replace('%', 'percent').replace(',', '')}.sqm"
+        for name, passes in OURS.items()
+        if not (options.quick and passes is STATIC)
+    }
+    peers = {
+        "ONNX Runtime float32": folder / "float.onnx",
+        "ONNX Runtime int8, dynamic": folder / "dynamic.onnx",
+        "ONNX Runtime int8, static": folder / "static.onnx",
+    }
+    if options.quick:
+        del peers["ONNX Runtime int8, static"]
+    missing = [name for name, path in ours.items() if not path.exists()]
+    incomplete = not all(path.exists() for path in peers.values())
+    model = _model(options.layers) if missing or incomplete else None
+    for name in missing:
+        _compile(model, ids, OURS[name], ours[name])
+    if incomplete:
+        _export(model, ids, peers)
+    return ours | peers
+
+
+def _compile(model: Any, ids: torch.Tensor, passes: list[Pass], path: Path) -> None:
     program = trace(model, {"input_ids": ids})
     calibration = Calibration([{"input_ids": ids}], program.signature)
     manager = PassManager([*pipelines.canonical(), *passes], verify="off")
     manager.run(program, PassContext(calibration=calibration))
-    return BACKEND.load(BACKEND.lower(program), threads=threads)
+    BACKEND.lower(program).save(path)
 
 
 class _Calls(CalibrationDataReader):
@@ -133,9 +161,10 @@ class _Calls(CalibrationDataReader):
         return self.left.pop() if self.left else None
 
 
-def _exported(model: Any, ids: torch.Tensor, folder: Path, *, static: bool) -> dict[str, Path]:
+def _export(model: Any, ids: torch.Tensor, files: dict[str, Path]) -> None:
     """Export to ONNX and quantize by ONNX Runtime's own tools."""
-    plain, ready = folder / "float.onnx", folder / "ready.onnx"
+    plain = files["ONNX Runtime float32"]
+    ready = plain.with_name("ready.onnx")
 
     class Outputs(torch.nn.Module):
         def __init__(self) -> None:
@@ -150,22 +179,19 @@ def _exported(model: Any, ids: torch.Tensor, folder: Path, *, static: bool) -> d
         Outputs(), (ids,), plain, input_names=["input_ids"], dynamo=True, verbose=False, external_data=False
     )
     quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
-    found = {"ONNX Runtime float32": plain, "ONNX Runtime int8, dynamic": folder / "dynamic.onnx"}
     quantize_dynamic(
-        ready, found["ONNX Runtime int8, dynamic"], weight_type=QuantType.QInt8, per_channel=True
+        ready, files["ONNX Runtime int8, dynamic"], weight_type=QuantType.QInt8, per_channel=True
     )
-    if static:
-        found["ONNX Runtime int8, static"] = path = folder / "static.onnx"
+    if static := files.get("ONNX Runtime int8, static"):
         quantize_static(
             ready,
-            path,
+            static,
             _Calls(ids),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-    return found
 
 
 def _onnxruntime(path: Path, ids: torch.Tensor, threads: int) -> Callable[[], Any]:
