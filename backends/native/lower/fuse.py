@@ -3,6 +3,7 @@
     add, norm, quantize_rows                       -> norm_rows
     silu (gelu, …), mul, quantize_rows             -> activation_rows
     x * cos + rotate_half(x) * sin                 -> rope
+    attention whose heads are moved behind tokens  -> attention that writes them there
     products that share their activation           -> one product, whose outputs are slices
 
 Each computes what the single steps do, bit for bit. It works on plans, not on programs: whatever a model
@@ -36,7 +37,7 @@ def fuse(plan: Plan, merged: dict[Any, int] | None = None) -> None:
         plan: The plan. Tensors of merged weights are appended to its tensors.
         merged: Those appended by now, for plans that share their tensors.
     """
-    for steps_of in (_rotations, _norms, _activations):
+    for steps_of in (_rotations, _attentions, _norms, _activations):
         _replace(plan, steps_of(_Uses(plan)))
     _merge_products(plan, {} if merged is None else merged)
 
@@ -503,6 +504,29 @@ def _join(kind: int, arrays: list[NDArray[Any]]) -> NDArray[Any]:
         # Room behind the values is read, never used: once at the end suffices.
         arrays = [*(array[:-VALUE_SLACK] for array in arrays[:-1]), arrays[-1]]
     return np.concatenate(arrays)
+
+
+# --- attention ------------------------------------------------------------------------------------------
+
+_HEADS_BEHIND_TOKENS = (0, 2, 1, 3)
+
+
+def _attentions(uses: _Uses) -> _Fused:
+    """Find attention that nobody sees but with its heads behind its tokens, where it need not be copied."""
+    fused: _Fused = []
+    for step in uses.plan.steps:
+        if step.operator != "attention" or len(step.ints) > 1:
+            continue
+        users = list(uses.final_users(step.outputs[0]))
+        if len(users) != 1 or users[0] is None or users[0].operator != "permute":
+            continue
+        moved = users[0].outputs[0]
+        if users[0].ints != _HEADS_BEHIND_TOKENS:
+            continue
+        out = uses.plan.add_computed("f32", moved.shape)
+        made = Step("attention", step.inputs, (out,), (*step.ints, 1), step.floats, step.name)
+        fused.append((step, made, {moved: out}))
+    return fused
 
 
 # --- what is left ----------------------------------------------------------------------------------------

@@ -100,6 +100,30 @@ def test_models_keep_every_bit(name: str, weights: str, both: Callable[..., Nati
         assert steps["quantize_rows"] == layers + (name == "bert")
 
 
+class Heads(nn.Module):
+    """Attention and its heads beside each other; `seen` by others as they were, too, or not."""
+
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        heads = nn.functional.scaled_dot_product_attention(q, k, k)
+        rows = heads.transpose(1, 2).reshape(q.shape[0], -1, 32) * 2
+        return (rows, heads + 1) if self.seen else (rows,)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_writes_heads_behind_tokens(
+    seen: bool, batch: int, both: Callable[..., NativeArtifact]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(batch, 4, length, 8, generator=generator) for length in (5, 9))
+    steps = steps_of(both(trace(Heads(seen), (q, k)), [q, k]))
+    assert steps["attention"] == 1 and steps["permute"] == seen
+
+
 class Block(nn.Module):
     """Sum, norm and two layers; what else uses the sum and the norm is up to `extra`."""
 

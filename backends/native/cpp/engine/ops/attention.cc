@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <utility>
 
 #include "engine/kernels.h"
 #include "engine/operators.h"
@@ -71,14 +72,25 @@ Status run_by_head(ThreadPool& pool, const Kernels& kernels, const Places& place
   });
 }
 
+// The output with its heads before its tokens, however it lies.
+Tensor output_by_head(const Operands& c) noexcept {
+  Tensor out = c.out();
+  if (c.ints() > 1 && c.integer(1) != 0 && out.rank == 4) {
+    std::swap(out.shape[1], out.shape[2]);
+    std::swap(out.stride[1], out.stride[2]);
+  }
+  return out;
+}
+
 }  // namespace
 
 // Inputs: query [B, H, L, D], key [B, G, S, D], value [B, G, S, D], where H is a multiple of G; elements of a
 // head lie beside each other. And a mask that is broadcast to [B, H, L, S], with all S of a row beside each
 // other: boolean (true where attended to) or numbers to add. ints: whether position i attends to positions up
-// to i only. floats: scale. Output [B, H, L, D]; zeros for a row that attends to nothing.
+// to i only; whether the output is [B, L, H, D]. floats: scale. Output [B, H, L, D]; zeros for a row that attends to
+// nothing.
 Status prepare_attention(PrepareContext& c) noexcept {
-  const Tensor &query = c.in(0), &key = c.in(1), &value = c.in(2), &out = c.out();
+  const Tensor &query = c.in(0), &key = c.in(1), &value = c.in(2), out = output_by_head(c);
   for (const Tensor* tensor : {&query, &key, &value, &out}) {
     SQC_REQUIRE(tensor->dtype == DType::f32 && tensor->rank == 4);
     SQC_REQUIRE(tensor->stride[3] == 1 || tensor->shape[3] <= 1);
@@ -102,7 +114,7 @@ Status prepare_attention(PrepareContext& c) noexcept {
 }
 
 Status run_attention(RunContext& c) noexcept {
-  const Tensor &query = c.in(0), &key = c.in(1), &value = c.in(2), &out = c.out();
+  const Tensor &query = c.in(0), &key = c.in(1), &value = c.in(2), out = output_by_head(c);
   if (out.count() == 0) return Status::ok();
   const Places places = places_of(c, c.pool.threads());
   KvCache cache = places.cache;
