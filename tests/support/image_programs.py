@@ -68,3 +68,26 @@ def images_program() -> Program:
     calibration = Calibration([images(2, 9, 8), images(1, 16, 16)], program.signature)
     PassManager(passes).run(program, PassContext(calibration=calibration))
     return program
+
+
+def sounds(batch: int, length: int) -> torch.Tensor:
+    """Return random spectrograms of 10 features."""
+    return torch.randn(batch, 1, length, 10, generator=torch.Generator().manual_seed(batch * 97 + length))
+
+
+def sounds_program() -> Program:
+    """Return what hears keywords, in 8 bits: one channel comes in, of any length."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = nn.Sequential(
+            nn.Conv2d(1, 20, (10, 4), stride=2, padding=(5, 1)),
+            nn.ReLU(),
+            nn.Conv2d(20, 20, 3, padding=1, groups=20),
+            nn.ReLU(),
+            nn.Conv2d(20, 16, 1),
+        ).eval()
+    dims = {"input": {2: Dim("length", min=2, max=64)}}
+    program = trace(model, (sounds(1, 20),), dynamic_shapes=dims)
+    calibration = Calibration([sounds(1, 20), sounds(1, 33)], program.signature)
+    PassManager(pipelines.int8_static(equalize=False)).run(program, PassContext(calibration=calibration))
+    return program

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.image_programs import images_program, sounds_program
 from support.native_build import SOURCE, run, tool
 from torch import Tensor, nn
 
@@ -249,24 +250,34 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def files(operators: Path) -> list[Path]:
+    """Files that together have every operator: those of images in codes, too."""
+    made = []
+    for make in (images_program, sounds_program):
+        made.append(operators.with_name(f"{make.__name__}.sqm"))
+        BACKEND.lower(make()).save(made[-1])
+    return [GOLDEN, GENERATION, operators, *made]
+
+
 @pytest.mark.long
-def test_mutated_files_under_sanitizers(native_build: Build, operators: Path) -> None:
+def test_mutated_files_under_sanitizers(native_build: Build, files: list[Path]) -> None:
     """Opened and run, with right checksums, whatever they say: no crash, no byte read outside."""
     folder = native_build("address")
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
-    for path in (GOLDEN, GENERATION, operators):
+    for path in files:
         printed = run(folder / "sqc_fuzz", path, "20000", ASAN_OPTIONS=options)
         mutations, opened = (int(word) for word in printed.replace(",", "").split() if word.isdigit())
         assert mutations == 20000 and opened > 1000
 
 
 @pytest.mark.long
-def test_files_that_libfuzzer_finds(native_build: Build, operators: Path, tmp_path: Path) -> None:
+def test_files_that_libfuzzer_finds(native_build: Build, files: list[Path], tmp_path: Path) -> None:
     """What mutations at random do not reach: inputs are kept that reach new code, and mutated on."""
     folder = native_build("fuzzer")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    for path in (GOLDEN, GENERATION, operators):
+    for path in files:
         shutil.copy(path, corpus)
     options = "allocator_may_return_null=1:max_allocation_size_mb=512"
     limits = ("-max_total_time=30", "-max_len=65536", "-rss_limit_mb=4096", "-timeout=20", "-seed=1")
