@@ -165,7 +165,7 @@ def _meet(
 
     def keep(node: fx.Node, value: Any) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            kept[node] = _sample(value)
+            kept[node] = _sample(_undone(node, value))
 
     def meet(node: fx.Node, value: Any) -> None:
         other = kept.get(pairs[node])

@@ -160,6 +160,33 @@ def write_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Check that a file, or a folder, can be written, before the work whose result goes there.
+
+    It is tried, beside the path: permissions do not tell everything, and the superuser has all of them.
+
+    Args:
+        path: What is to be written; it may exist.
+        folder: Whether it is a folder.
+
+    Raises:
+        FileError: If it cannot be written.
+    """
+    with write_errors(path):
+        target = Path(os.path.realpath(path))
+        nearest = next(parent for parent in (target, *target.parents) if parent.exists())
+        if nearest == target and target.is_dir() != folder:
+            code = errno.EEXIST if folder else errno.EISDIR
+            raise OSError(code, os.strerror(code))
+        if nearest == target and not folder:
+            nearest = target.parent
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"'{nearest}' is a file, and no folder")
+        probe = nearest / f".{secrets.token_hex(8)}.part"
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        probe.unlink()
+
+
 def require_file(path: Path, what: str = "file") -> None:
     """Check that a file exists and can be read.
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -184,19 +185,33 @@ def without_progress_bars() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
+def _factories(module: ModuleType, name: str) -> str:
+    """Return a next step: what a module has under a similar name that may make a model."""
+    made = [key for key, value in vars(module).items() if callable(value) or isinstance(value, nn.Module)]
+    return did_you_mean(name, [key for key in made if not key.startswith("_")])
+
+
 def _call_factory(text: str) -> Any:
     location, _, name = text.rpartition(":")
     module = import_module(location)
     factory = getattr(module, name, None)
     if isinstance(factory, nn.Module):
         return factory.eval()
+    if hasattr(module, name) and not callable(factory):
+        raise FileError(
+            f"'{name}' in '{location}' makes no model.",
+            where=text,
+            seen=f"{type(factory).__name__}: {factory!r:.80}",
+            expected="a function without arguments that returns a torch.nn.Module, or such a module",
+            next_step=_factories(module, name),
+        )
     if not callable(factory):
         raise FileError(
             f"'{location}' has no function '{name}'.",
             where=text,
             seen=name,
             expected="a function without arguments that returns a torch.nn.Module",
-            next_step=did_you_mean(name, [n for n in dir(module) if not n.startswith("_")]),
+            next_step=_factories(module, name),
         )
     try:
         model = factory()

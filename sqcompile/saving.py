@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqcompile.backend import get_backend
 from sqcompile.errors import FileError, did_you_mean
-from sqcompile.files import atomic_file, atomic_folder
+from sqcompile.files import atomic_file, atomic_folder, check_writable
 
 if TYPE_CHECKING:
     from sqcompile.api import Compiled
@@ -53,7 +52,7 @@ def check_target(path: Path) -> None:
     """Check that a compiled model can be written to `path`, before the work of compiling it.
 
     Raises:
-        FileError: If the suffix is unknown, or the folder cannot be written to.
+        FileError: If the suffix is unknown, or it cannot be written.
     """
     # A folder may have a dot in its name too, as llama-3.2 has.
     names_a_file = re.fullmatch(r"\.[A-Za-z]\w{1,6}", path.suffix)
@@ -66,19 +65,7 @@ def check_target(path: Path) -> None:
             expected=", ".join(known) + ", or a folder",
             next_step=did_you_mean(path.suffix, known),
         )
-    folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if folder == path.absolute() and folder.is_file():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise FileError(
-            f"'{path}' cannot be written.",
-            where=str(folder),
-            seen="a folder without permission to write"
-            if folder.is_dir()
-            else "a file where a folder should be",
-            expected="a folder that you may write to",
-            next_step="choose another path",
-        )
+    check_writable(path, folder=path.suffix not in known)
 
 
 def _save_file(compiled: Compiled, path: Path) -> list[Path]:

@@ -145,6 +145,7 @@ class TestFolders:
     def test_draws_no_bars_of_its_own(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         from transformers.utils import logging
 
+        logging.enable_progress_bar()  # as it is from the start, whatever ran before in this process
         load_model(folder)
         assert capfd.readouterr() == ("", "") and logging.is_progress_bar_enabled()
 

@@ -183,10 +183,11 @@ def _job(given: dict[str, Any]) -> Recipe:
     """Return the command line as a recipe, on top of the recipe that it names."""
     from sqcompile.api import resolve_passes
     from sqcompile.cli.subjects import data_file
+    from sqcompile.files import check_writable
     from sqcompile.input_spec import InputSpec
     from sqcompile.provenance import recipe_of
     from sqcompile.recipe import Recipe, check_choices
-    from sqcompile.saving import check_target
+    from sqcompile.saving import SUFFIXES, check_target
 
     if given["recipe"] and given["artifact"]:
         raise RecipeError(
@@ -224,6 +225,14 @@ def _job(given: dict[str, Any]) -> Recipe:
     job = check_choices(dataclasses.replace(recipe, **changes))
     if job.output is not None:
         check_target(Path(job.output))
+        writer = SUFFIXES.get(Path(job.output).suffix)
+        if job.backend == "auto" and writer is not None and not given["artifact"]:
+            # The report then speaks of what is written: its size, its time, its numbers. An artifact's own recipe
+            # stays as it is, for the artifact says it, and is made again to the bit.
+            job = dataclasses.replace(job, backend=writer)
+    for name, folder in (("html", False), ("pretrained", True)):
+        if given[name] is not None:
+            check_writable(Path(given[name]), folder=folder)
     if job.data is not None:
         job.data.check()
     return job

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import sqcompile.operators.library  # noqa: F401 - registers the operators that programs hold
 from sqcompile.errors import InputError, TraceError
 from sqcompile.program import Program, graph_module_of
+from sqcompile.signature import describe_type
 from sqcompile.tracing.explain import explain, model_line, quiet
 from sqcompile.tracing.functionalize import fake_mode_in, refuse_mutated_state, remove_in_place
 from sqcompile.tracing.inline import inline_regions
@@ -144,14 +145,15 @@ def _run_eagerly(model: nn.Module, inputs: Inputs, reason: Exception) -> Any:
         with torch.no_grad(), _eval_mode(model), _buffers_kept(model):
             return model(*args, **kwargs)
     except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        shown = ", ".join(describe_type(leaf.dtype, tuple(leaf.shape)) for leaf in tensors)
         raise InputError(
             f"{type(model).__name__} fails on the example inputs, traced or not.",
             where=model_line(error.__traceback__, model) or "example_inputs",
-            seen=f"{type(error).__name__}: {error} (inputs: {', '.join(map(str, shapes))})",
+            seen=f"{type(error).__name__}: {error} (inputs: {shown})",
             expected="inputs that model(*args, **kwargs) accepts; those of size 1 along a dynamic "
             "dimension are repeated to size 2",
-            next_step="call the model with them, and correct the inputs, dynamic_shapes or the model",
+            next_step="give inputs (data) of the sizes and element types that the model takes, or correct the model",
         ) from reason
 
 

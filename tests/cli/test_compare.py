@@ -68,6 +68,9 @@ def test_rescaled_channels_are_no_error(run, folder: Path, compiled) -> None:
     # From the file, too. Only float32's rounding is left of factors up to a hundred.
     assert [layer["name"] for layer in about["layers"]] == ["0", "2"]
     assert all(layer["sqnr_db"] > 100 for layer in about["layers"])
+    # On both sides: two programs whose channels were rescaled alike are equal.
+    same = run("compare", "even.pt2", "even.pt2", "-d", "deep.npz", "--json").json
+    assert [layer["max_error"] for layer in same["layers"]] == [0, 0]
 
 
 def test_equal_programs_are_equal(run, folder: Path) -> None:

@@ -172,7 +172,11 @@ def test_a_pass_of_ones_own_is_imported_by_file(run, folder: Path) -> None:
         (["net.py:make"], 1, ["inputs are not known", "forward(image)", "--input 'image: f32"]),
         (["net.py:mak", "-d", "x.npz"], 1, ["no function 'mak'", "did you mean 'make'"]),
         (["net.py:broken", "-d", "x.npz"], 1, ["fails to make the model", "net.py:28", "no weights here"]),
-        (["net.py:number", "-d", "x.npz"], 1, ["no function 'number'"]),
+        (
+            ["net.py:number", "-d", "x.npz"],
+            1,
+            ["'number' in 'net.py' makes no model", "int: 3", "'net' or 'make'"],
+        ),
         (["nett.py:make", "-d", "x.npz"], 1, ["'nett.py' cannot be read", "did you mean 'net.py'"]),
         (["net.py:make", "-d", "y.npz"], 1, ["'y.npz' cannot be read"]),
         (
@@ -224,11 +228,47 @@ def test_mistakes_are_named_with_their_repair(
         assert part in result.err
 
 
-def test_a_wrong_output_is_found_before_any_work(run, folder: Path) -> None:
-    (folder / "slow.py").write_text("def make():\n    raise RuntimeError('the model was loaded')\n")
-    result = run("compile", "slow.py:make", "-o", "a.onx")
-    assert "the model was loaded" not in result.err
-    assert "'.onx'" in result.err
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["-o", "a.onx"], "suffix '.onx'"),
+        (["-o", "folder.onnx"], "name a file in it"),
+        (["-o", "x.npz/net.sqm"], "'x.npz' is not a folder"),
+        (["-o", "a.onnx", "--html", "folder.onnx"], "'folder.onnx' cannot be written"),
+        (["--pretrained", "x.npz"], "'x.npz' cannot be written"),
+    ],
+)
+def test_a_wrong_output_is_found_before_any_work(run, folder: Path, options: list[str], part: str) -> None:
+    (folder / "folder.onnx").mkdir()
+    before = sorted(folder.rglob("*"))
+    result = run("compile", "net.py:make", "-d", "x.npz", *options)
+    assert result.code == 1
+    assert part in result.err
+    assert "making the net" not in result.err
+    assert sorted(folder.rglob("*")) == before  # trying leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("a.onnx", "onnxruntime"), ("a.sqm", "native"), ("a", "native")]
+)
+def test_the_report_is_of_what_is_written(run, folder: Path, name: str, backend: str) -> None:
+    about = run("compile", "net.py:make", "-d", "x.npz", "-o", name, "--json").json
+    assert about["report"]["backend"] == backend
+    if Path(name).suffix:
+        assert about["report"]["file_bytes"] == (folder / name).stat().st_size
+
+
+def test_an_artifact_whose_recipe_leaves_the_backend_open_is_made_again_to_the_bit(run, folder: Path) -> None:
+    run("compile", "net.py:make", "-d", "x.npz", "-o", "open")  # a folder, with what auto chooses
+    result = run("compile", "--from", "open/model.sqm", "-o", "again.sqm", "--json")
+    assert result.json["same"] is True
+
+
+def test_inputs_of_a_wrong_type_are_shown_with_it(run, folder: Path) -> None:
+    np.savez(folder / "bytes.npz", image=np.zeros((4, 3, 8, 8), np.uint8))
+    result = run("compile", "net.py:make", "-d", "bytes.npz")
+    assert result.code == 1
+    assert "u8[4, 3, 8, 8]" in result.err and "element types" in result.err
 
 
 def test_errors_are_json_too(run, folder: Path) -> None:
