@@ -45,6 +45,7 @@ class RemoveChannels(Removal):
         layers: Patterns of the layers that make the channels; a group goes by all layers that make it.
         exclude: Patterns of layers to leave as they are, with everything that is tied to them.
         compensate: Refit the layers that read what is removed, by least squares on calibration data.
+        compensate_behind: Refit all layers behind those as well, towards what they make in the dense model.
         max_bytes: Memory for the values of all batches at one place of the graph while they are refitted.
         kinds: What to remove: some of `channels`, `neurons`, `heads`, `head-width` (the width of each), and
             `embedding` (the width of an embedding and all that is added to it).

@@ -38,6 +38,7 @@ class RemoveHeads(Removal):
         layers: Patterns of the layers that make queries, keys and values, or of modules around them.
         exclude: Patterns of layers to leave as they are.
         compensate: Refit the output layers by least squares on calibration data.
+        compensate_behind: Refit all layers behind those as well, towards what they make in the dense model.
         max_bytes: Memory for the values of all batches at one place of the graph while they are refitted.
     """
 

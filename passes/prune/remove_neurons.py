@@ -38,6 +38,7 @@ class RemoveNeurons(Removal):
         layers: Patterns of the layers that make the neurons.
         exclude: Patterns of layers to leave as they are, with everything that is tied to them.
         compensate: Refit the layers behind by least squares on calibration data.
+        compensate_behind: Refit all layers behind those as well, towards what they make in the dense model.
         max_bytes: Memory for the values of all batches at one place of the graph while they are refitted.
     """
 

@@ -34,7 +34,7 @@ _DAMPING = 1e-3  # of the mean square of the inputs: rounding must not decide wh
 
 @dataclass(frozen=True)
 class Lost:
-    """What a layer has lost of its inputs.
+    """What a layer has lost of its inputs; nothing, if they have only changed.
 
     Attributes:
         layer: The layer, in the dense program.
@@ -52,6 +52,8 @@ def losses(
     groups: Sequence[Group],
     keep: Callable[[str, int], NDArray[np.bool_]],
     remark: Callable[[fx.Node, str], None],
+    *,
+    behind: bool = False,
 ) -> list[Lost]:
     """Return the layers that read one of the groups and can be compensated, in graph order.
 
@@ -60,22 +62,37 @@ def losses(
         groups: Groups that have lost units.
         keep: Says which positions of a stored tensor's dimension are left.
         remark: Told about each layer that cannot be compensated, and why.
+        behind: Return also the layers that read what those make, however far behind.
     """
     reading = {member.tensor for group in groups for member in group.members if member.role == "reads"}
     found = []
+    changed = _behind(dense, reading) if behind else set()
     for layer in layers_of(dense):
-        if layer.weight_name not in reading:
+        losing = layer.weight_name in reading
+        if not losing and layer.data not in changed:
             continue
         rank = dense.tensor(layer.weight).dim()
         kept = keep(layer.weight_name, layer.operator.in_axis % rank)
+        single = layer.weight_value is layer.weight and len(tensor_users(dense, layer.weight_name)) == 1
+        if not losing and (layer.groups != 1 or not single):
+            continue
         if layer.groups != 1:
             remark(layer.node, "is not compensated: its inputs are divided into groups")
-        elif layer.weight_value is not layer.weight or len(tensor_users(dense, layer.weight_name)) > 1:
+        elif not single:
             remark(layer.node, "is not compensated: its weight is masked or shared")
-        elif not kept.all():
+        elif not kept.all() or layer.data in changed:
             rows = keep(layer.weight_name, layer.operator.out_axis % rank)
             found.append(Lost(layer, kept, rows))
     return found
+
+
+def _behind(dense: Program, reading: set[str]) -> set[fx.Node | None]:
+    """Return all values that depend on a layer with one of some weights."""
+    changed: set[fx.Node | None] = {layer.node for layer in layers_of(dense) if layer.weight_name in reading}
+    for node in dense.graph.nodes:
+        if any(source in changed for source in node.all_input_nodes):
+            changed.add(node)
+    return changed
 
 
 def compensate(

@@ -45,6 +45,7 @@ class Removal(Budgeted, register=False):
         layers: Patterns of the layers that make what is removed.
         exclude: Patterns of layers to leave as they are.
         compensate: Whether the layers that read what is removed are refitted.
+        compensate_behind: Whether those that read what these make are, too.
         max_bytes: Memory for the values of all batches at one place of the graph while they are.
     """
 
@@ -57,6 +58,7 @@ class Removal(Budgeted, register=False):
     layers: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     compensate: bool = False
+    compensate_behind: bool = False
     max_bytes: int = 2**30
 
     def __post_init__(self) -> None:
@@ -71,6 +73,8 @@ class Removal(Budgeted, register=False):
         if self.budget is None:
             raise self.reject_option("ratio", f"one of {', '.join(BUDGETS)}")
         self.check_budget()
+        if self.compensate_behind and not self.compensate:
+            raise self.reject_option("compensate_behind", "nothing without compensate, which it extends")
         if self.round_to < 1:
             raise self.reject_option("round_to", "1 or more")
 
@@ -97,7 +101,9 @@ class Removal(Budgeted, register=False):
         shrink = Shrink(groups.flow, edit, choice.atoms(chosen))
         after = costs.macs(shrink.factors)
         if choice.removed:
-            self._take(edit, shrink, _losing(chosen, choice), context, context.remark)
+            self._take(
+                edit, shrink, _losing(chosen, choice), context, context.remark, behind=self.compensate_behind
+            )
         facts |= {
             "kept": {name: _kept(chosen, name, gone) for name, gone in choice.removed.items()},
             "macs": {"before": before, "after": after},
@@ -111,13 +117,15 @@ class Removal(Budgeted, register=False):
         losing: Sequence[Group],
         context: PassContext,
         remark: Callable[[fx.Node, str], None],
+        *,
+        behind: bool = False,
     ) -> None:
         """Remove the units, and refit what read them if that is asked for."""
         if not self.compensate:
             shrink.run()
             return
         dense = edit.program.snapshot()
-        lost = losses(dense, losing, _keep_of(shrink), remark)
+        lost = losses(dense, losing, _keep_of(shrink), remark, behind=behind)
         shrink.run()
         compensate(edit, dense, lost, context, max_bytes=self.max_bytes)
 

@@ -428,6 +428,32 @@ def test_neighbours_stand_in_for_a_channel_that_went() -> None:
     assert errors[1] < 0.02 * errors[0]  # the ridge keeps it from being zero
 
 
+def test_layers_behind_take_back_what_the_first_ones_could_not() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+            *(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        )
+    )
+    batches = [(data(8, 3, 12, 12, seed=seed),) for seed in range(12)]
+    program = trace(model, batches[0])
+
+    def error(**options: bool) -> tuple[float, set[str]]:
+        item = RemoveChannels(ratio=0.5, layers=("0",), compensate=True, **options)  # type: ignore[arg-type]
+        small, _ = remove(item, program, PassContext(Calibration(batches[:8], program.signature)))
+        same = {
+            name
+            for name, value in small.tensors()
+            if name.endswith("weight") and value is program.tensor(name)
+        }
+        with torch.no_grad():
+            return sum(float((small(*x) - program(*x)).square().sum()) for x in batches[8:]), same
+
+    first, all_of_them = error(), error(compensate_behind=True)
+    assert first[1] == {"4.weight", "6.weight"} and not all_of_them[1]
+    assert all_of_them[0] < 0.95 * first[0]
+
+
 def test_compensation_sees_as_many_batches_as_fit_into_memory() -> None:
     program = trace(net(), (X,))
     batches = [(data(2, 2, 2, 2, seed=seed),) for seed in range(8)]
@@ -450,6 +476,7 @@ def test_compensation_sees_as_many_batches_as_fit_into_memory() -> None:
         ({"macs": 0.0}, "macs"),
         ({"parameters": 1.5}, "parameters"),
         ({"ratio": 0.5, "round_to": 0}, "round_to"),
+        ({"ratio": 0.5, "compensate_behind": True}, "compensate_behind"),
         ({"ratio": 0.5, "kinds": ("bones",)}, "kinds"),
         ({"ratio": 0.5, "kinds": ()}, "kinds"),
     ],
