@@ -1,13 +1,17 @@
 """What compression during training keeps: accuracy dense, before training, during it, and at the end.
 
-    SQCOMPILE_DATA=… python benchmarks/training.py [--only sparse,int8,int4,macs,scopes,digits] [--json out.json]
+    SQCOMPILE_DATA=… python benchmarks/training.py [--only NAMES] [--epochs N] [--work FOLDER] [--json out.json]
+
+NAMES are some of sparse, int8, int4, macs, one-shot, scopes and digits, separated by commas.
 
 ResNet-20 on CIFAR-10 images (trained on the first 3,000, judged on 1,000 others; the dense model was trained on
-all of them and knows them by heart, so that only differences mean something): 90 % zeros in five rounds,
+all of them and knows them by heart, so that only differences mean something): 90 % zeros in three rounds,
 quantization-aware training at 8 bits and at 4-bit weights, and half of the multiply-accumulates removed. The training
-function is plain PyTorch: it brings logits near those of the dense model, where weights go also what leaves the
-residual blocks, on flipped and shifted images, there also on mixtures of two; no labels. `as the dense` is the share
-of the other images that the compressed model puts into the class that the dense one does. `scopes` trains nothing: it
+function is plain PyTorch and reads no labels. Quantized models bring logits near those of the dense one. Where weights
+go, only what leaves the residual blocks is brought near the dense model's, on images and on windows into collages of
+them: it says far more about each image than ten logits do, so that what is learned from few images holds for others.
+`as the dense` is the share of the other images that the compressed model puts into the class that the dense one does.
+`one-shot` trains nothing and shows what each way to remove weights leaves to be trained; so does `scopes`: it
 removes half of the multiply-accumulates in one shot, with compensation, by each way to share the loss among layers.
 
 Then CNNs on handwritten digits, from several seeds, trained here in seconds, with a quarter of their
@@ -19,18 +23,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from common import alternate, median_ratio, spread, write_json
+from common import alternate, load_training, median_ratio, save_training, spread, write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -53,11 +58,13 @@ from sqcompile.passes import (
     MaskWeights,
     PruneGradually,
     RemoveChannels,
+    SparseGPT,
     TrainQuantized,
+    Wanda,
     pipelines,
 )
 from sqcompile.quantization.format import Format
-from sqcompile.training import Round
+from sqcompile.training import Round, Trainable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from digits_cnn import Digits, train_digits_cnn
@@ -65,7 +72,6 @@ from digits_cnn import Digits, train_digits_cnn
 Row = dict[str, Any]
 _THREADS = 1
 _DIGITS_SEEDS = 5
-_STATES_WEIGHT = 10.0  # the relative error of states is below 1, the divergence of logits begins far above
 
 
 def main() -> None:
@@ -73,13 +79,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="names of jobs, separated by commas")
+    parser.add_argument(
+        "--work", type=Path, help="folder where trainings on ResNet-20 are kept, to go on from"
+    )
+    parser.add_argument("--epochs", type=int, help="train ResNet-20 for so many epochs at the end")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(_THREADS)
     jobs: dict[str, Callable[[], Iterator[Row]]] = {
-        **{name: lambda job=job: resnet20(job) for name, job in RESNET_JOBS.items()},
+        **{
+            name: lambda name=name, job=job: resnet20(
+                replace(job, epochs=options.epochs or job.epochs), options.work and options.work / name
+            )
+            for name, job in RESNET_JOBS.items()
+        },
+        "one-shot": one_shot,
         "scopes": scopes,
         "digits": digits,
     }
@@ -112,7 +128,7 @@ def main() -> None:
 
 @dataclass
 class Distillation:
-    """A training function: bring logits and hidden states near the teacher's, and keep the curve.
+    """A training function: bring logits, or hidden states, near the teacher's, and keep the curve.
 
     The learning rate rises, and falls to zero along a cosine, in each round. The last quarter of the epochs uses the
     running statistics of batch norms, as the compressed model will.
@@ -124,12 +140,11 @@ class Distillation:
         epochs: Passes over the images, in the last round.
         rate: Highest learning rate of AdamW.
         labels: Of the images, [N], to be learned as well, or None.
-        states: Modules whose outputs are to be near the teacher's, too.
+        states: Modules whose outputs are to be near the teacher's, instead of the logits.
         flips: Whether a flipped image is as good.
         shift: By how many pixels an image may be shifted.
-        mixed: Whether two thirds of the batches are mixtures of images: cut into each other, or one over the other.
-            The teacher has an answer to any image, so that few images say more about what it computes.
         earlier: Passes over the images in the rounds before the last.
+        checkpoint: How the files begin where each round is kept after each epoch, and goes on from, if any.
         curve: Accuracy before the first epoch, and ten times in a round.
     """
 
@@ -142,21 +157,26 @@ class Distillation:
     states: tuple[str, ...] = ()
     flips: bool = True
     shift: int = 4
-    mixed: bool = False
     earlier: int = 0
+    checkpoint: Path | None = None
     curve: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
 
     def __call__(self, module: nn.Module, now: Round) -> dict[str, float]:
         epochs = self.epochs if now.number == now.count else self.earlier
-        self.curve.append(round(self.judge(module), 2))
         optimizer = torch.optim.AdamW(module.parameters(), self.rate, weight_decay=1e-4)
         batches = len(self.images) // 64
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.rate, total_steps=epochs * batches, pct_start=0.1
         )
+        parts = module, optimizer, schedule
+        checkpoint = None if self.checkpoint is None else Path(f"{self.checkpoint}-{epochs}-{now.number}.pt")
+        saved = load_training(checkpoint, *parts)
+        self.curve, self.cpu_s = saved.get("curve", self.curve), saved.get("cpu_s", self.cpu_s)
+        if not saved:
+            self.curve.append(round(self.judge(module), 2))
         teacher, student = HiddenStates(self.teacher, self.states), HiddenStates(module, self.states)
-        for epoch in range(epochs):
+        for epoch in range(saved.get("done", 0), epochs):
             started = time.thread_time()
             module.train(epoch < 0.75 * epochs or self.labels is not None)
             for index in torch.randperm(len(self.images)).split(64)[:batches]:
@@ -174,6 +194,7 @@ class Distillation:
                     file=sys.stderr,
                     flush=True,
                 )
+            save_training(checkpoint, {"done": epoch + 1, "curve": self.curve, "cpu_s": self.cpu_s}, *parts)
         teacher.close()
         student.close()
         return {"accuracy %": self.curve[-1]}
@@ -181,38 +202,48 @@ class Distillation:
     def loss(
         self, module: nn.Module, batch: Tensor, index: Tensor, student: HiddenStates, teacher: HiddenStates
     ) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed and _has_bfloat16()):
+        if self.states:
+            batch = torch.cat([batch, windows(self.images, len(batch))])
+            batch = batch.contiguous(memory_format=torch.channels_last)  # what these kernels are fast with
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(self.states) and _has_bfloat16()):
             with torch.no_grad():
                 wanted = self.teacher(batch)
             logits = module(batch)
-        loss = distill_logits(logits.float(), wanted.float(), temperature=2.0)
-        if self.labels is not None:
-            loss = loss + F.cross_entropy(logits, self.labels[index])
         if self.states:
-            loss = loss + _STATES_WEIGHT * distill_states(student, teacher)
-        return loss
+            return distill_states(student, teacher)
+        loss = distill_logits(logits.float(), wanted.float(), temperature=2.0)
+        return loss if self.labels is None else loss + F.cross_entropy(logits, self.labels[index])
 
     def changed(self, batch: Tensor) -> Tensor:
-        """Shift a batch by up to `shift` pixels, flip half of the batches, and mix two thirds of them if asked to."""
+        """Shift a batch by up to `shift` pixels, and flip half of the batches."""
         height, width = batch.shape[-2:]
         batch = F.pad(batch, (self.shift,) * 4)
         top, left = torch.randint(0, 2 * self.shift + 1, (2,)).tolist()
         batch = batch[:, :, top : top + height, left : left + width]
-        if self.flips and torch.rand(()) < 0.5:
-            batch = batch.flip(-1)
-        if not self.mixed:
-            return batch
-        way = int(torch.randint(0, 3, ()))
-        others = batch[torch.randperm(len(batch))]
-        if way == 1:  # source: Zhang et al. 2018 (mixup)
-            part = torch.rand(len(batch), 1, 1, 1)
-            return part * batch + (1 - part) * others
-        if way == 2:  # source: Yun et al. 2019 (CutMix), with any rectangle
-            bounds = torch.randint(0, height + 1, (2,)).sort()[0], torch.randint(0, width + 1, (2,)).sort()[0]
-            (top, bottom), (left, right) = (pair.tolist() for pair in bounds)
-            batch = batch.clone()
-            batch[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
-        return batch
+        return batch.flip(-1) if self.flips and torch.rand(()) < 0.5 else batch
+
+
+def windows(images: Tensor, count: int) -> Tensor:
+    """Return windows into collages of two by two images, of any scale, angle and stretch, half of them mirrored.
+
+    The dense model has an answer to any picture, so that few images say more about what it computes.
+
+    Shapes: images [N, C, H, W]; result [count, C, H, W].
+    Source: Asano and Saeed 2021, arXiv 2112.00725, which distils from windows into one image.
+    """
+    four = images[torch.randint(0, len(images), (4, count))]
+    collage = torch.cat([torch.cat([four[0], four[1]], 3), torch.cat([four[2], four[3]], 3)], 2)
+    scale = torch.empty(count).uniform_(math.log(0.25), math.log(0.7)).exp()  # 0.5: as large as they are
+    stretch = torch.empty(count).uniform_(-0.2, 0.2).exp()
+    angle = torch.empty(count).uniform_(-0.5, 0.5) * (torch.rand(count) < 0.5)
+    mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
+    across, down = torch.empty(2, count).uniform_(-0.5, 0.5)
+    rows = (
+        torch.stack([scale * stretch * angle.cos() * mirror, -scale * angle.sin(), across], 1),
+        torch.stack([scale * angle.sin() * mirror, scale / stretch * angle.cos(), down], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), [count, *images.shape[1:]], align_corners=False)
+    return F.grid_sample(collage, grid, padding_mode="reflection", align_corners=False)
 
 
 def _has_bfloat16() -> bool:
@@ -229,14 +260,18 @@ class Job:
     allowed: float | None
     passes: Callable[[Distillation], list[sqcompile.Pass]]
     states: tuple[str, ...] = ()
-    mixed: bool = False
     earlier: int = 0
 
 
+# The classifier has 640 of 268,000 weights, and what leaves it is not looked at while blocks learn.
+_SPARSE = SparseGPT(
+    sparsity=0.903, step=16, allocation="sensitivity", spread=0.04, refit=True, exclude=("linear",)
+)  # rounded down in each 16 columns, this is 90 %
+
+
 def pruned(train: Distillation) -> list[sqcompile.Pass]:
-    # The classifier has 640 of 268,000 weights, and one threshold for all would take most of them.
-    prune = MaskWeights(sparsity=0.9, scope="global", exclude=("linear",))
-    return [PruneGradually(train=train, prune=prune, rounds=5), ApplyMasks(), *pipelines.canonical()]
+    rounds = PruneGradually(train=train, prune=_SPARSE, rounds=3, schedule="linear", start=0.75)
+    return [*pipelines.canonical(), rounds, ApplyMasks()]
 
 
 def quantized(weight: str) -> Callable[[Distillation], list[sqcompile.Pass]]:
@@ -253,37 +288,56 @@ def quantized(weight: str) -> Callable[[Distillation], list[sqcompile.Pass]]:
     return passes
 
 
+# Norms are folded first, so that the layers that read what goes have biases to refit. Inside of the blocks: what
+# runs between them keeps its width, and can be brought near the teacher's.
+_NARROW = RemoveChannels(
+    macs=0.5, layers=("layer*.conv1",), importance="hessian", scope="cost", compensate=True
+)
+
+
 def narrowed(train: Distillation) -> list[sqcompile.Pass]:
-    # Inside of the blocks: what runs between them keeps its width, and can be brought near the teacher's.
-    layers = ("layer*.conv1",)
-    remove = RemoveChannels(macs=0.5, layers=layers, importance="hessian", scope="global", compensate=True)
-    return [remove, FineTune(train=train), *pipelines.canonical()]
+    return [*pipelines.canonical(), _NARROW, FineTune(train=train)]
 
 
 BLOCKS = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3))
 
 RESNET_JOBS = {
-    "sparse": Job("90 % zeros, 5 rounds", 40, 2e-3, 2.0, pruned, BLOCKS, mixed=True, earlier=3),
+    "sparse": Job("90 % zeros, 3 rounds", 16, 3e-3, 2.0, pruned, BLOCKS, earlier=1),
     "int8": Job("8 bits, weights and values", 2, 1e-4, 0.3, quantized("int8:channel=0:narrow")),
     "int4": Job("4-bit weights, 8-bit values", 4, 5e-4, 1.0, quantized("int4:channel=0:narrow")),
-    "macs": Job("half of the multiply-accumulates", 20, 2e-3, 2.0, narrowed, BLOCKS, mixed=True),
+    "macs": Job("half of the multiply-accumulates", 28, 3e-3, 2.0, narrowed, BLOCKS),
 }
 
 
 def scopes() -> Iterator[Row]:
-    for scope in get_args(Scope):
+    ways = {f"scope={scope}": replace(_NARROW, scope=scope) for scope in get_args(Scope)}
+    ways["scope=cost, refitted behind as well"] = replace(_NARROW, compensate_behind=True)
+    for name, remove in ways.items():
 
-        def passes(train: Distillation, scope: Scope = scope) -> list[sqcompile.Pass]:
-            # Norms first: the layers that read what goes then have biases to refit.
-            remove = RemoveChannels(
-                macs=0.5, layers=("layer*.conv1",), importance="hessian", scope=scope, compensate=True
-            )
+        def passes(train: Distillation, remove: RemoveChannels = remove) -> list[sqcompile.Pass]:
             return [*pipelines.canonical(), remove]
 
-        yield from resnet20(Job(f"half in one shot, scope={scope}", 0, 0.0, None, passes))
+        yield from resnet20(Job(f"half in one shot, {name}", 0, 0.0, None, passes))
 
 
-def resnet20(job: Job) -> Iterator[Row]:
+def one_shot() -> Iterator[Row]:
+    for sparsity in (0.7, 0.9):
+        ways: dict[str, list[sqcompile.Pass]] = {
+            "magnitude": [
+                MaskWeights(sparsity=sparsity, scope="global", exclude=("linear",)),
+                *pipelines.canonical(),
+            ],
+            "wanda": [*pipelines.canonical(), Wanda(sparsity=sparsity, exclude=("linear",))],
+            "sparse-gpt": [*pipelines.canonical(), replace(_SPARSE, sparsity=sparsity + 0.003)],
+        }
+        for name, passes in ways.items():
+            title = f"{100 * sparsity:.0f} % zeros in one shot, {name}"
+            yield from resnet20(
+                Job(title, 0, 0.0, None, lambda train, passes=passes: [*passes, ApplyMasks()])
+            )
+
+
+def resnet20(job: Job, checkpoint: Path | None = None) -> Iterator[Row]:
     data = Path(os.environ["SQCOMPILE_DATA"])
     sys.path.insert(0, str(data))
     from models import CifarResNet
@@ -299,21 +353,22 @@ def resnet20(job: Job) -> Iterator[Row]:
     def judge(module: Any) -> float:
         return 100 * accuracy(module, images[3000:], labels[3000:])
 
+    options: dict[str, Any] = {
+        "calibration": list(images[:512].split(64)),
+        "dynamic_shapes": {"x": {0: torch.export.Dim("batch")}},
+    }
+    teacher: nn.Module = model
+    if job.states:  # the same, faster: without norms
+        folded = sqcompile.compile(model, passes=pipelines.canonical(), backend="reference", **options)
+        assert isinstance(folded, sqcompile.Compiled)
+        teacher = Trainable(folded.program)
     train = Distillation(
-        *(model, images[:3000], judge, job.epochs, job.rate),
+        *(teacher, images[:3000], judge, job.epochs, job.rate),
         states=job.states,
-        mixed=job.mixed,
         earlier=job.earlier,
+        checkpoint=checkpoint,
     )
-    yield compress(
-        "ResNet-20",
-        job,
-        model,
-        train,
-        images[3000:],
-        calibration=list(images[:512].split(64)),
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-    )[0]
+    yield compress("ResNet-20", job, model, train, images[3000:], **options)[0]
 
 
 def compress(
