@@ -100,7 +100,7 @@ bool compare(const std::string& name, const Ort::Value& output, const Array& exp
     return false;
   }
   if (expected.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
-    const char* seen = static_cast<const char*>(output.GetTensorRawData());
+    const char* seen = output.GetTensorData<char>();  // as bytes; the name for that came after ONNX Runtime 1.12
     std::size_t other = 0;
     for (std::size_t at = 0; at < expected.data.size(); at += expected.element_bytes)
       other += std::memcmp(seen + at, expected.data.data() + at, expected.element_bytes) != 0;
