@@ -9,23 +9,26 @@
 #   make docs          write the pages that are made from the code
 #   make site          the documentation as a site, in build/site; every link checked
 #   make wheel-check   build a wheel and import it from a fresh environment
+#   make wheels        wheels for CPython 3.10 to 3.13, x86-64 and Arm, in dist/
 #   make venv          only the environment, with the package and its C++ part up to date
 #   make clean         remove everything that make made
 #
-# Another Python: make PYTHON=python3.12 test
+# Another Python: make PYTHON=python3.12 test; wheels of some: make wheels PYTHONS="python3.11 python3.12"
 
 PYTHON ?= python3
 VENV ?= .venv
 # Test processes. Each holds a PyTorch and its models in memory, so not one for every core.
 JOBS ?= 2
 ARGS ?=
+# Interpreters to build wheels with; none: all that are found.
+PYTHONS ?=
 
 PY := $(VENV)/bin/python
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-long lint format types docs site wheel-check clean
+.PHONY: help venv demo test test-long lint format types docs site wheel-check wheels clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -123,6 +126,10 @@ wheel-check: $(TOOLS)
 	'$(WHEEL_CHECK)/venv/bin/python' -m pip install -qq '$(WHEEL_CHECK)'/dist/*.whl
 	cd '$(WHEEL_CHECK)/elsewhere' && ../venv/bin/python '$(CURDIR)/tools/check_install.py'
 	rm -rf '$(WHEEL_CHECK)'/{venv,cmake}
+
+# Tools, compilers and their caches in build/wheels; the first time some 10 minutes, then only what changed.
+wheels:
+	$(PYTHON) tools/make_wheels.py $(PYTHONS)
 
 clean:
 	rm -rf '$(VENV)' build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
