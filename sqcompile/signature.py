@@ -485,7 +485,13 @@ def _find_kind(module: str, name: str) -> type:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise ValueError(f"it needs {module}.{name}, which cannot be imported: {error}") from error
+            raise FileError(
+                "What the model returns is a class of transformers, which cannot be imported.",
+                where=f"signature, {module}.{name}",
+                seen=f"{type(error).__name__}: {error}",
+                expected="transformers, beside the file",
+                next_step="install it: pip install 'sqcompile[llm]'",
+            ) from error
     found: Any = sys.modules[module]
     for part in name.split("."):
         found = getattr(found, part, None)

@@ -250,6 +250,15 @@ class TestFiles:
         )
         assert done.stdout.strip() == "BaseModelOutput CausalLMOutputWithPast (2, 3)", done.stderr
 
+    def test_a_missing_package_is_named_with_the_extra_that_brings_it(self) -> None:
+        outputs = pytest.importorskip("transformers.modeling_outputs")
+        leaves, spec = pytree.tree_flatten(outputs.BaseModelOutput(last_hidden_state=data(2)))
+        values = tuple(Value(f"output_{index}", (2,), torch.float32) for index in range(len(leaves)))
+        text = Signature((), values, pytree.tree_structure(((), {})), spec).to_json()
+        with pytest.raises(FileError, match=r"sqcompile\[llm\]") as caught:
+            Signature.from_json(text.replace("transformers.modeling_outputs", "transformers.not_there"))
+        assert "transformers.not_there" in str(caught.value.where)
+
     @pytest.mark.parametrize("container", ["Point", "Boxed", "OrderedDict", "defaultdict"])
     def test_other_containers(self, container: str) -> None:
         class Model(nn.Module):
