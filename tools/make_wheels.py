@@ -156,7 +156,8 @@ def build(builder: Path, compiler: Path, machine: str) -> Path:
         script.write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
         script.chmod(0o755)
     settings = {
-        # One folder for all versions of Python: the engine, which is most of it, is compiled once a machine.
+        # One folder for all versions of Python: their commands are the same then, and zig takes the engine, which is
+        # most of the work, from its cache.
         "build-dir": str(work / "cmake"),
         "install.strip": "false",  # the linker strips: the system's own tool may not know the machine
         "cmake.define.CMAKE_CXX_COMPILER": str(work / "c++"),
