@@ -81,8 +81,9 @@ def compare_layers(
     """
     layers = layers_of(program)
     pairs = _counterparts(reference, program.compute_nodes())
+    results = {layer.node: _result(layer, pairs) for layer in layers}
     feeding = {layer.node: _feeding(layer, pairs) for layer in layers}
-    watched = [*feeding, *feeding.values()]
+    watched = [*results.values(), *feeding.values()]
     meters: dict[fx.Node, DistanceMeter] = {}
 
     def add(node: fx.Node, right: torch.Tensor, value: torch.Tensor) -> None:
@@ -96,10 +97,14 @@ def compare_layers(
     found: dict[fx.Node | None, Distance] = {node: meter.result() for node, meter in meters.items()}
     return [
         LayerDistance(
-            layer.name, layer.node.name, locate(layer.node), found[layer.node], found.get(feeding[layer.node])
+            layer.name,
+            layer.node.name,
+            locate(layer.node),
+            found[results[layer.node]],
+            found.get(feeding[layer.node]),
         )
         for layer in layers
-        if layer.node in found
+        if results[layer.node] in found
     ]
 
 
@@ -138,11 +143,23 @@ def first_jump(
 
 def _counterparts(reference: Program, nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
     """Map nodes of another program to the nodes of the reference that have the same value."""
-    known = {node.name: node for node in reference.compute_nodes()}
+    known: dict[str, fx.Node] = {}
     for node in reference.compute_nodes():
-        known.setdefault(str(node.meta.get("stands_for", node.name)), node)
-    pairs = {node: known.get(str(node.meta.get("stands_for", node.name))) for node in nodes}
+        known.setdefault(_original_name(node), node)
+    pairs = {node: known.get(_original_name(node)) for node in nodes}
     return {node: other for node, other in pairs.items() if other is not None}
+
+
+def _original_name(node: fx.Node) -> str:
+    """Return the name of the traced node whose value a node has; its own may be another's there."""
+    return str(node.meta.get("stands_for", node.name))
+
+
+def _result(layer: Layer, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Return the value that a layer is judged by: its own, or that of the batch norm which the reference has folded."""
+    if layer.node not in pairs and len(layer.node.users) == 1:
+        return next(iter(layer.node.users))
+    return layer.node
 
 
 def _feeding(layer: Layer, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node | None:

@@ -11,6 +11,8 @@ from sqcompile.cli import options
 from sqcompile.cli.answer import Answer, command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from sqcompile.cli.subjects import Subject
@@ -21,7 +23,8 @@ _MAX_LAYERS = 400
 @command
 def inspect_model(
     target: Annotated[
-        str, typer.Argument(metavar="MODEL_OR_ARTIFACT", help=f"{options.MODEL_HELP} Or an .onnx file.")
+        str,
+        typer.Argument(metavar="MODEL_OR_ARTIFACT", help=f"{options.MODEL_HELP} Or an .onnx or .sqm file."),
     ],
     graph: Annotated[bool, typer.Option("--graph", "-g", help="Print the whole graph.")] = False,
     source: Annotated[
@@ -49,6 +52,9 @@ def inspect_model(
     from sqcompile.cli.subjects import Feed, artifact_file, open_model
 
     path = artifact_file(target)
+    if path is not None and path.suffix != ".onnx":
+        about = _describe_artifact(target, path)
+        return Answer(lambda console: _show_artifact(console, about), about)
     if path is not None:
         from sqcompile.cli.onnx_file import describe_onnx, show_onnx
 
@@ -57,6 +63,39 @@ def inspect_model(
     subject = open_model(target, Feed.of(locals()))
     about = _describe(subject, graph=graph, source=source)
     return Answer(lambda console: _show(console, about), about)
+
+
+def _describe_artifact(name: str, path: Path) -> dict[str, Any]:
+    """Return what an artifact says of itself: its interface, and how it was made."""
+    from sqcompile.cli.subjects import open_session
+
+    signature = open_session(path, None).signature
+    made = signature.provenance or {}
+    return {
+        "name": name,
+        "file_bytes": path.stat().st_size,
+        "inputs": [str(value) for value in signature.inputs],
+        "outputs": [str(value) for value in signature.outputs],
+        "dimensions": {
+            dim: {"smallest": low, "largest": high} for dim, (low, high) in signature.dims.items()
+        },
+        "versions": dict(made.get("versions", {})),
+        "recipe": made.get("recipe"),
+    }
+
+
+def _show_artifact(target: Console, about: dict[str, Any]) -> None:
+    from sqcompile.report_tables import size_text
+
+    target.print(f"{about['name']}, {size_text(about['file_bytes'])}", markup=False)
+    for kind in ("inputs", "outputs"):
+        target.print(f"{kind}: {', '.join(about[kind])}", markup=False, soft_wrap=True)
+    if about["recipe"] is None:
+        target.print("It says nothing about how it was made.")
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    target.print(f"made with {versions}, by this recipe:\n", markup=False)
+    target.print(about["recipe"].rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe(subject: Subject, *, graph: bool, source: bool) -> dict[str, Any]:

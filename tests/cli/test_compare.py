@@ -31,6 +31,10 @@ def test_a_folded_program_agrees_layer_by_layer(run, folder: Path, compiled) -> 
     assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
     assert all(layer["sqnr_db"] > 100 for layer in about["layers"])
     assert about["jump"] is None
+    # The other way round, too: the convolution is judged by its batch norm, which the folded one stands for.
+    about = run("compare", "folded.pt2", "net.py:make", "-d", "x.npz", "--json").json
+    assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
+    assert all(layer["sqnr_db"] > 100 for layer in about["layers"])
 
 
 def test_names_the_layer_where_the_error_jumps(run, folder: Path, compiled) -> None:

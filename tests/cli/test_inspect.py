@@ -60,3 +60,14 @@ def test_what_is_no_model_is_named(run, folder: Path) -> None:
     result = run("inspect", "x.npz")
     assert result.code == 1
     assert "'x.npz' is no model" in result.err
+
+
+def test_an_artifact_of_our_own_engine_says_what_it_is(run, folder: Path) -> None:
+    made = run("compile", "net.py:make", "-d", "x.npz", "-p", "quantize-weights", "-o", "net.sqm")
+    assert made.code == 0, made.err
+    about = run("inspect", "net.sqm", "--json").json
+    assert about["inputs"] == ["image: f32[batch, 3, 8, 8]"]
+    assert about["file_bytes"] == (folder / "net.sqm").stat().st_size
+    result = run("inspect", "net.sqm")
+    assert result.code == 0, result.err
+    assert "image: f32[batch, 3, 8, 8]" in result.out and "quantize-weights" in result.out
