@@ -230,7 +230,7 @@ def _job(given: dict[str, Any]) -> Recipe:
             # The report then speaks of what is written: its size, its time, its numbers. An artifact's own recipe
             # stays as it is, for the artifact says it, and is made again to the bit.
             job = dataclasses.replace(job, backend=writer)
-    for name, folder in (("html", False), ("pretrained", True)):
+    for name, folder in (("html", False), ("pretrained", True), ("work_dir", True), ("dump_dir", True)):
         if given[name] is not None:
             check_writable(Path(given[name]), folder=folder)
     if job.data is not None:

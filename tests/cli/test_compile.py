@@ -236,6 +236,8 @@ def test_mistakes_are_named_with_their_repair(
         (["-o", "x.npz/net.sqm"], "'x.npz' is not a folder"),
         (["-o", "a.onnx", "--html", "folder.onnx"], "'folder.onnx' cannot be written"),
         (["--pretrained", "x.npz"], "'x.npz' cannot be written"),
+        (["--work-dir", "x.npz"], "'x.npz' cannot be written"),
+        (["--dump-dir", "x.npz"], "'x.npz' cannot be written"),
     ],
 )
 def test_a_wrong_output_is_found_before_any_work(run, folder: Path, options: list[str], part: str) -> None:
