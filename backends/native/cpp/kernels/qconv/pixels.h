@@ -85,7 +85,9 @@ static SQC_INLINE void give_codes(const QconvOutput& y, std::int64_t panel, std:
   for (std::int64_t v = 0; v * 16 < rows; ++v, to += 16 * y.stride) {
     std::uint8_t(*codes)[16] = from->codes[v];
     if (y.table != nullptr) {
-      for (int i = 0; i < 256; ++i) codes[0][i] = y.table[codes[0][i]];
+      for (int i = 0; i < 16; ++i) {
+        for (int r = 0; r < 16; ++r) codes[i][r] = y.table[codes[i][r]];
+      }
     }
     if (rows - v * 16 >= 16) {
       S::transpose_bytes(codes[0], 16, to, y.stride);
