@@ -36,6 +36,11 @@ def test_one_wheel_serves_all_versions_of_the_stable_abi(found: list[str], expec
     assert chosen == {wheel: Path(f"python{version}") for wheel, version in expected.items()}
 
 
+def test_versions_without_a_wheel_are_named() -> None:
+    assert make_wheels.unserved({"3.10": Path("a"), "3.13": Path("b")}) == ["3.11"]
+    assert make_wheels.unserved(dict.fromkeys(make_wheels.VERSIONS, Path("a"))) == []
+
+
 def test_versions_are_those_that_are_promised() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     promised = re.search(

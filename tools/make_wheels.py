@@ -48,7 +48,6 @@ def main() -> None:
     options = parser.parse_args()
 
     found = find_interpreters(options.pythons)
-    missing = [version for version in VERSIONS if version not in found]
     chosen = one_for_each_wheel(found)
     if not chosen:
         sys.exit(
@@ -65,7 +64,7 @@ def main() -> None:
     for wheel in made:
         check(wheel)
         print(f"{wheel.stat().st_size / 1e6:5.1f} MB  {wheel}")
-    without = [version for version in missing if wheel_version(version) not in chosen]
+    without = [] if options.pythons else unserved(found)
     if without:
         sys.exit(
             f"No wheel was built for CPython {', '.join(without)}: no such interpreter with its headers here."
@@ -98,6 +97,12 @@ def one_for_each_wheel(found: Mapping[str, Path]) -> dict[str, Path]:
         if version in found:
             chosen.setdefault(wheel_version(version), found[version])
     return chosen
+
+
+def unserved(found: Mapping[str, Path]) -> list[str]:
+    """Return the versions that no wheel would serve."""
+    chosen = one_for_each_wheel(found)
+    return [version for version in VERSIONS if wheel_version(version) not in chosen]
 
 
 def _candidates() -> Iterator[str]:
