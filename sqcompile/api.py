@@ -351,7 +351,16 @@ def _compile(
         target, reason = choose_backend(program)
     else:
         reason = "asked for"
-    made = provenance_of(model, recipe, passes=pipeline, backend=backend, calibration=calibration, seed=seed)
+    made = provenance_of(
+        model,
+        recipe,
+        passes=pipeline,
+        backend=backend,
+        calibration=calibration,
+        seed=seed,
+        signature=program.signature,
+        example_inputs=example_inputs,
+    )
     program.signature = dataclasses.replace(program.signature, provenance=made)
     progress.note(f"lowering to {target.name}")
     with clock.stage("lower"):

@@ -36,7 +36,8 @@ def load_report(path: str | Path) -> Report:
             where=str(file),
             seen="a compiled model alone",
             expected="a folder that holds report.json too, or a report as JSON",
-            next_step="compile to a folder, or with --html report.html",
+            next_step="compile to a folder, or with --html report.html; how this file was made says: "
+            f"sqcompile recipe print {file}",
         )
     require_file(file, "report")
     try:

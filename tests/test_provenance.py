@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import sqcompile
-from sqcompile import Recipe
+from sqcompile import Pass, PassContext, PassResult, Program, Recipe
 from sqcompile.api import Compiled
 from sqcompile.data import DataFile
 from sqcompile.errors import FileError, RecipeError
 from sqcompile.input_spec import InputSpec
-from sqcompile.provenance import read_provenance, recipe_of
+from sqcompile.models import load_model
+from sqcompile.passes import FineTune, QuantizeWeights
+from sqcompile.provenance import batches_hash, read_provenance, recipe_of, recipe_text
 
 NET = """
 import torch
@@ -36,8 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compiled(**options: object) -> Compiled:
-    given: dict[str, object] = {"calibration": "x.npz", "seed": 3, **options}
-    made = sqcompile.compile("net.py:make", "int8-static", **given)  # type: ignore[arg-type]
+    given: dict[str, object] = {"passes": "int8-static", "calibration": "x.npz", "seed": 3, **options}
+    made = sqcompile.compile("net.py:make", **given)  # type: ignore[arg-type]
     assert isinstance(made, Compiled)
     return made
 
@@ -85,23 +88,130 @@ def test_other_data_is_refused(folder: Path) -> None:
         recipe_of("a.sqm")
 
 
-def test_models_and_data_in_memory_have_no_place(folder: Path) -> None:
-    from sqcompile.models import load_model
+class Known(Pass):
+    """A pass of one's own, in a module."""
 
-    model = load_model("net.py:make")
-    data = np.load("x.npz")["input"]
-    import torch
+    level: int = 1
 
-    batch = torch.from_numpy(data)
-    made = sqcompile.compile(model, "quantize-weights", (batch,), backend="native")
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return PassResult()
+
+
+class Opaque:
+    """A value of a user's type: each of its texts differs, and none is read back."""
+
+    def __str__(self) -> str:
+        return object.__repr__(self)
+
+
+class Boxed(Pass):
+    """A pass with an option that no text can hold."""
+
+    box: Opaque | None = None
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return PassResult()
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("native", "a.sqm"), ("onnxruntime", "a.onnx"), ("reference", "a.pt2")]
+)
+def test_models_in_memory_have_a_recipe_without_a_model(folder: Path, backend: str, name: str) -> None:
+    batch = torch.from_numpy(np.load("x.npz")["input"])
+    made = sqcompile.compile(
+        load_model("net.py:make"),
+        "int8-static",
+        (batch,),
+        calibration=[batch],
+        dynamic_shapes={"input": {0: "rows"}},
+        backend=backend,
+        seed=5,
+    )
     assert isinstance(made, Compiled)
-    made.save("a.sqm")
-    with pytest.raises(RecipeError, match="carries no recipe"):
-        read_provenance("a.sqm")
-    compiled(calibration=[batch], backend="native").save("b.sqm")
-    assert read_provenance("b.sqm")["data"] == "in memory"
-    with pytest.raises(RecipeError, match="data that was in memory"):
-        recipe_of("b.sqm")
+    made.save(name)
+    found = read_provenance(name)
+    assert found["object"] == "torch.nn.modules.container.Sequential"
+    assert found["versions"]["torch"] == torch.__version__ and "left_out" not in found
+    recipe = Recipe.parse(found["recipe"])
+    assert (recipe.model, recipe.seed, recipe.backend) == (None, 5, backend)
+    assert recipe.inputs == (InputSpec.parse("input: f32[rows, 16]"),)
+    assert [str(item) for item in recipe.passes] == [record.text for record in made.report.passes]
+    with pytest.raises(RecipeError, match="an object in memory") as caught:
+        recipe_of(name)
+    assert f"recipe print {name} > job.yaml" in str(caught.value.next_step)
+    assert "`model:`, `data:`" in str(caught.value.next_step)
+    # The way that the message shows leads to the same program.
+    Path("job.yaml").write_text(f"model: net.py:make\ndata: x.npz\n{recipe_text(found)}")
+    again = Recipe.load("job.yaml").compile()
+    assert isinstance(again, Compiled)
+    assert again.program.text() == made.program.text()
+
+
+def test_batches_in_memory_have_a_hash(folder: Path) -> None:
+    batch = torch.from_numpy(np.load("x.npz")["input"])
+
+    def said(calibration: object) -> str:
+        compiled(calibration=calibration, backend="native").save("a.sqm")
+        with pytest.raises(RecipeError, match="data that was in memory"):
+            recipe_of("a.sqm")
+        return str(read_provenance("a.sqm")["data"])
+
+    listed = said([batch])
+    assert listed.startswith("in memory, sha256:")
+    assert said([batch.numpy()]) == listed
+    assert said([batch + 1]) != listed and said([batch[:4], batch[4:]]) != listed
+    # What may give other batches the next time is not asked for them.
+    assert said(iter([batch])) == "in memory"
+    assert said(torch.utils.data.DataLoader(batch, batch_size=4)) == "in memory"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float64])
+def test_batches_of_any_type_are_hashed(dtype: torch.dtype) -> None:
+    values = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    seen = {batches_hash([item]) for item in (values, values.T, values[:, :1], values.reshape(4))}
+    # A matrix that is its own transpose is the same, however it lies in memory.
+    assert len(seen) == 3 and all(text.startswith("in memory, sha256:") for text in seen)
+    assert batches_hash([values[0, 0]]) != batches_hash([{"x": values[0, 0]}])
+    assert batches_hash(["text"]) == batches_hash([3]) == "in memory"
+
+
+def test_passes_of_ones_own_name_their_module(folder: Path) -> None:
+    made = compiled(passes=[Known(level=2)], calibration=None, example_inputs=(torch.ones(4, 16),))
+    assert made.program.signature.provenance is not None
+    recipe = Recipe.parse(made.program.signature.provenance["recipe"])
+    assert recipe.passes == (Known(level=2),) and recipe.imports == (Known.__module__,)
+
+
+def test_what_has_no_text_is_left_out_and_named(folder: Path) -> None:
+    class Local(Pass):
+        def run(self, program: Program, context: PassContext) -> PassResult:
+            return PassResult()
+
+    passes = [
+        Boxed(box=Opaque()),
+        Local(),
+        FineTune(train=lambda model: [item.data.mul_(0.5) for item in model.parameters()] and None),
+        QuantizeWeights(),
+    ]
+    texts = set()
+    for name in ("a.sqm", "b.sqm"):
+        made = compiled(
+            passes=passes, calibration=None, example_inputs=(torch.ones(4, 16),), backend="native"
+        )
+        made.save(name)
+        texts.add(Path(name).read_bytes())
+        passes[0] = Boxed(box=Opaque())
+    assert len(texts) == 1  # no address of an object is in them
+    found = read_provenance("a.sqm")
+    assert Recipe.parse(found["recipe"]).passes == (QuantizeWeights(),)
+    boxed, local, trained = found["left_out"]
+    assert boxed == "pass 1 of 4, boxed: what it was given for 'box' cannot be written as text"
+    assert local.startswith("pass 2 of 4, local: recipes do not know its class") and "Local" in local
+    assert trained == "pass 3 of 4, fine-tune: what it was given for 'train' cannot be written as text"
+    with pytest.raises(RecipeError, match="a pass that has no text") as caught:
+        recipe_of("a.sqm")
+    assert boxed in str(caught.value.seen)
+    assert f"# {local}\n# {trained}\n" in recipe_text(found)
 
 
 def test_the_signature_without_it_is_as_before(folder: Path) -> None:

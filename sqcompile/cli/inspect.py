@@ -67,10 +67,10 @@ def inspect_model(
 
 def _describe_artifact(name: str, path: Path) -> dict[str, Any]:
     """Return what an artifact says of itself: its interface, and how it was made."""
+    from sqcompile.cli.made import describe_made
     from sqcompile.cli.subjects import open_session
 
     signature = open_session(path, None).signature
-    made = signature.provenance or {}
     return {
         "name": name,
         "file_bytes": path.stat().st_size,
@@ -79,26 +79,22 @@ def _describe_artifact(name: str, path: Path) -> dict[str, Any]:
         "dimensions": {
             dim: {"smallest": low, "largest": high} for dim, (low, high) in signature.dims.items()
         },
-        "versions": dict(made.get("versions", {})),
-        "recipe": made.get("recipe"),
+        **describe_made(signature.provenance),
     }
 
 
 def _show_artifact(target: Console, about: dict[str, Any]) -> None:
+    from sqcompile.cli.made import show_made
     from sqcompile.report_tables import size_text
 
     target.print(f"{about['name']}, {size_text(about['file_bytes'])}", markup=False)
     for kind in ("inputs", "outputs"):
         target.print(f"{kind}: {', '.join(about[kind])}", markup=False, soft_wrap=True)
-    if about["recipe"] is None:
-        target.print("It says nothing about how it was made.")
-        return
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    target.print(f"made with {versions}, by this recipe:\n", markup=False)
-    target.print(about["recipe"].rstrip(), markup=False, highlight=False, soft_wrap=True)
+    show_made(target, about)
 
 
 def _describe(subject: Subject, *, graph: bool, source: bool) -> dict[str, Any]:
+    from sqcompile.cli.made import describe_made
     from sqcompile.layers import layers_of
     from sqcompile.report import layer_rows
     from sqcompile.statistics import program_size
@@ -136,6 +132,7 @@ def _describe(subject: Subject, *, graph: bool, source: bool) -> dict[str, Any]:
             for row in layer_rows(program)
             if row.node in uses
         ],
+        **describe_made(program.signature.provenance),
     }
     if graph or source:
         about["graph"] = program_text(program, source=source)
@@ -146,6 +143,7 @@ def _show(target: Console, about: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from sqcompile.cli.made import show_made
     from sqcompile.report_tables import size_text
 
     target.print(Text(about["name"], style="bold"))
@@ -184,6 +182,8 @@ def _show(target: Console, about: dict[str, Any]) -> None:
     target.print(table)
     if len(about["layers"]) > _MAX_LAYERS:
         target.print(f"… and {len(about['layers']) - _MAX_LAYERS} layers more: --json lists all")
+    if about["recipe"] is not None:  # a model has none, and no need of one
+        show_made(target, about)
     if "graph" in about:
         target.print(about["graph"], soft_wrap=True, markup=False)
     else:

@@ -27,6 +27,8 @@ def describe_onnx(path: Path, *, graph: bool = False) -> dict[str, Any]:
     """
     from onnx import helper
 
+    from sqcompile.cli.made import describe_made
+
     model = read_onnx(path)
     inner = model.graph
     stored = [_tensor(item) for item in inner.initializer]
@@ -46,6 +48,7 @@ def describe_onnx(path: Path, *, graph: bool = False) -> dict[str, Any]:
         "stored": by_type,
         "largest": sorted(stored, key=lambda item: -item["size_bytes"])[:_LARGEST],
         "metadata": {item.key: len(item.value) for item in model.metadata_props},
+        **describe_made(_provenance(model)),
     }
     if graph:
         about["graph"] = helper.printable_graph(inner)
@@ -87,6 +90,7 @@ def show_onnx(target: Console, about: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from sqcompile.cli.made import show_made
     from sqcompile.report_tables import size_text
 
     target.print(Text(about["name"], style="bold"))
@@ -117,8 +121,21 @@ def show_onnx(target: Console, about: dict[str, Any]) -> None:
             item["name"], item["type"], "x".join(map(str, item["shape"])), size_text(item["size_bytes"])
         )
     target.print(table)
+    if about["recipe"] is not None:  # another tool's file says nothing of the kind
+        show_made(target, about)
     if "graph" in about:
         target.print(about["graph"], soft_wrap=True, markup=False)
+
+
+def _provenance(model: Any) -> Any:
+    """Return how a model of ours was made. The signature is not built: that may need its output's class."""
+    import json
+
+    found = {item.key: item.value for item in model.metadata_props}.get("sqcompile.signature")
+    try:
+        return None if found is None else json.loads(found).get("provenance")
+    except (ValueError, AttributeError):  # damaged: there is still the rest of the file to look at
+        return None
 
 
 def _tensor(item: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -66,21 +66,23 @@ def show(
 ) -> Answer:
     """Print a recipe with its pipelines spelled out, or the one that a compiled model carries.
 
+    A model that was compiled from an object in Python carries a recipe without `model:`; comments say what is missing.
+
     **Examples**
 
         sqcompile recipe print job.yaml
 
         sqcompile recipe print build/net.sqm
     """
-    from sqcompile.provenance import read_provenance
+    from sqcompile.provenance import read_provenance, recipe_text
     from sqcompile.recipe import Recipe
 
     path = Path(source)
     if path.suffix in _ARTIFACTS or path.is_dir():
         about = dict(read_provenance(path))
-    else:
-        about = {"recipe": Recipe.load(source).to_yaml()}
-    return Answer(lambda target: _show_recipe(target, about), about)
+        return Answer(lambda target: _show_text(target, recipe_text(about)), about)
+    text = Recipe.load(source).to_yaml()
+    return Answer(lambda target: _show_text(target, text), {"recipe": text})
 
 
 @command
@@ -116,14 +118,6 @@ def gallery(
 def _show_valid(target: Console, found: dict[str, Recipe]) -> None:
     for file, made in found.items():
         target.print(f"{file}: valid, {len(made.passes)} passes", markup=False, soft_wrap=True)
-
-
-def _show_recipe(target: Console, about: dict[str, Any]) -> None:
-    for name, value in about.get("versions", {}).items():
-        target.print(f"# {name} {value}", markup=False)
-    if about.get("data"):
-        target.print(f"# data {about['data']}", markup=False)
-    _show_text(target, str(about["recipe"]))
 
 
 def _show_text(target: Console, text: str) -> None:

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
 INPUT = ("-i", "image: f32[batch, 3, 8, 8]")
 
 
@@ -71,3 +75,26 @@ def test_an_artifact_of_our_own_engine_says_what_it_is(run, folder: Path) -> Non
     result = run("inspect", "net.sqm")
     assert result.code == 0, result.err
     assert "image: f32[batch, 3, 8, 8]" in result.out and "quantize-weights" in result.out
+
+
+@pytest.mark.parametrize("kind", ["onnx", "sqm", "pt2"])
+def test_shows_how_an_object_was_compiled(run, folder: Path, kind: str) -> None:
+    import sqcompile
+    from sqcompile.models import load_model
+
+    net = load_model("net.py:make")
+    batch = torch.from_numpy(np.load("x.npz")["image"])
+    sqcompile.compile(net, "int8-static", (batch,), calibration=[batch], seed=4).save(f"net.{kind}")
+    result = run("inspect", f"net.{kind}")
+    assert result.code == 0, result.err
+    # Files that tests have imported before under this name have taken it.
+    kind_of_net = f"{type(net).__module__}.Net"
+    assert f"# the model was an object in memory, of the class {kind_of_net}: add `model:`" in result.out
+    assert "seed: 4" in result.out and "- insert-observers" in result.out
+    about = run("inspect", f"net.{kind}", "--json").json
+    assert about["object"] == kind_of_net and about["seed"] == 4
+    assert about["data"].startswith("in memory, sha256:") and about["left_out"] == []
+    printed = run("recipe", "print", f"net.{kind}").out
+    assert printed.strip() in result.out
+    refused = run("compile", "--from", f"net.{kind}", "-o", "again.onnx")
+    assert refused.code == 2 and "an object in memory" in refused.err
