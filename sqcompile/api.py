@@ -296,7 +296,8 @@ def _compile(
         assert isinstance(loaded, nn.Module)
         return LazyCompiled(loaded, options)
     made_up = example_inputs is None and batches is None and isinstance(loaded, Program)
-    progress.note(f"tracing {model_name(loaded)}")
+    name = model_name(loaded, model)
+    progress.note(f"tracing {name}")
     with clock.stage("trace"):
         program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
         if by_parts and len(find_blocks(program)) < 2:
@@ -369,7 +370,7 @@ def _compile(
         session = target.load(artifact, threads=threads)
     with clock.stage("check"):
         report = _report(
-            model_name(loaded),
+            name,
             program,
             original,
             target,

@@ -56,8 +56,10 @@ def load_model(model: Any, *, weights: bool = True) -> Any:
     return model
 
 
-def model_name(model: Any) -> str:
-    """Return the name of a model's class, for people."""
+def model_name(model: Any, source: Any = None) -> str:
+    """Return what people call a model: its class, or of a program, which has none, the file that it came from."""
+    if isinstance(model, Program) and isinstance(source, (str, Path)):
+        return Path(source).name
     return type(model).__name__
 
 

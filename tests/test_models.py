@@ -58,6 +58,10 @@ class TestModules:
 
     def test_name(self) -> None:
         assert model_name(seeded(Mlp)) == "Mlp"
+        assert model_name(seeded(Mlp), "nets.py:mlp") == "Mlp"
+
+    def test_a_program_is_called_as_its_file(self) -> None:
+        assert model_name(mlp(), Path("build") / "net.pt2") == "net.pt2"
 
 
 class TestFiles:
