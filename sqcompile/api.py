@@ -303,6 +303,8 @@ def _compile(
         if by_parts and len(find_blocks(program)) < 2:
             by_parts, loaded = False, load_model(model)
             program = trace_any(loaded, inputs, dynamic_shapes, source=model, data=batches)
+    if recipe is not None:
+        recipe.check_inputs(program.signature)
     check_reachable(program, executor)
     original = program.snapshot()
     if isinstance(batches, Batches):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -35,6 +35,7 @@ from sqcompile.yaml_file import Node, parse_yaml
 
 if TYPE_CHECKING:
     from sqcompile.api import Compiled, LazyCompiled
+    from sqcompile.signature import Signature
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,9 @@ class Recipe:
         }
         if self.data is not None or options.get("calibration") is not None:
             ours["example_inputs"] = None  # real data is the better example
+            ours["calibration"] = self._sized_data()
+            if self.inputs:
+                ours["dynamic_shapes"] = self.axes()  # also if empty: a size that is written down stays fixed
         defaults = {"backend": "auto", "seed": 0, "verify": "each"}
         filled = {
             name: ours[name] if name in ours and value == defaults.get(name) else value
@@ -161,6 +165,53 @@ class Recipe:
         for name, axes in self.dynamic_shapes.items():
             named[name] = {**named.get(name, {}), **axes}
         return {name: axes for name, axes in named.items() if axes}
+
+    def check_inputs(self, signature: Signature) -> None:
+        """Check that a traced model has the inputs, and their sizes, that the recipe describes.
+
+        With data they come from the data, and what the recipe says could go unheard.
+
+        Raises:
+            RecipeError: If it has not.
+        """
+        traced = {value.name: value for value in signature.tensor_inputs}
+        for spec in self.inputs:
+            value = traced.get(spec.name)
+            if value is None:
+                raise RecipeError(
+                    f"The model has no input '{spec.name}'.",
+                    where="inputs",
+                    seen=str(spec),
+                    expected=", ".join(map(str, traced.values())),
+                    next_step=did_you_mean(spec.name, list(traced)),
+                )
+            shape = value.shape or ()
+            if len(shape) != len(spec.shape) or any(
+                isinstance(told, int) and isinstance(size, int) and told != size
+                for told, size in zip(spec.shape, shape, strict=True)
+            ):
+                raise RecipeError(
+                    f"The input '{spec.name}' has other sizes than it is described with.",
+                    where="inputs",
+                    seen=str(value),
+                    expected=str(spec),
+                    next_step="describe it as the data and the model have it, or give other data",
+                )
+
+    def _sized_data(self) -> DataFile | None:
+        """Return the data, in batches of the size that the inputs are described with."""
+        fixed = [spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)]
+        if self.data is None or not fixed:
+            return self.data
+        if self.data.batch not in (None, fixed[0]):
+            raise RecipeError(
+                "The inputs are described with another batch size than the data is read with.",
+                where="inputs",
+                seen=f"{', '.join(map(str, self.inputs))}, and batches of {self.data.batch}",
+                expected=f"batches of {fixed[0]}",
+                next_step="leave the batch size of the data out, or name the dimension to let it change",
+            )
+        return replace(self.data, batch=fixed[0])
 
     def compile(self, **options: Any) -> Compiled | LazyCompiled:
         """Compile the recipe's model; options given here win over the recipe's.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -264,6 +265,50 @@ def test_a_dynamic_dimension_of_an_unknown_input_is_named() -> None:
             dynamic_shapes={"y": {0: "batch"}},
             backend="reference",
         )
+
+
+class TestInputsBesideData:
+    """What inputs are described with holds beside a data file, too, which alone makes the batch dynamic."""
+
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> str:
+        np.savez(tmp_path / "x.npz", x=np.arange(24, dtype=np.float32).reshape(6, 4))
+        return str(tmp_path / "x.npz")
+
+    def compiled(self, data: str, spec: str, batch: int | None = None) -> sqcompile.Compiled:
+        recipe = Recipe(
+            backend="reference", data=DataFile(data, batch=batch), inputs=(InputSpec.parse(spec),)
+        )
+        return sqcompile.compile(Net(), passes=recipe)
+
+    def test_without_a_description_the_batch_is_dynamic(self, data: str) -> None:
+        compiled = sqcompile.compile(Net(), passes=Recipe(backend="reference", data=DataFile(data)))
+        assert str(compiled.program.signature.inputs[0]) == "x: f32[batch, 4]"
+
+    def test_a_number_is_the_fixed_batch(self, data: str) -> None:
+        compiled = self.compiled(data, "x: f32[2, 4]")
+        assert str(compiled.program.signature.inputs[0]) == "x: f32[2, 4]"
+        assert compiled(torch.zeros(2, 4)).shape == (2, 2)
+
+    def test_a_name_is_a_dynamic_batch(self, data: str) -> None:
+        compiled = self.compiled(data, "x: f32[n, 4]")
+        assert str(compiled.program.signature.inputs[0]) == "x: f32[n, 4]"
+
+    def test_another_batch_of_the_data_is_refused(self, data: str) -> None:
+        with pytest.raises(RecipeError, match="another batch size") as caught:
+            self.compiled(data, "x: f32[2, 4]", batch=3)
+        assert "batches of 3" in str(caught.value.seen) and caught.value.expected == "batches of 2"
+
+    @pytest.mark.parametrize("spec", ["x: f32[2, 5]", "x: f32[2, 4, 1]", "x: f32[7, 4]"])
+    def test_other_sizes_than_the_data_has_are_refused(self, data: str, spec: str) -> None:
+        with pytest.raises(RecipeError, match="other sizes than it is described with") as caught:
+            self.compiled(data, spec)
+        assert caught.value.expected == spec
+
+    def test_an_input_that_is_none_is_refused(self, data: str) -> None:
+        with pytest.raises(RecipeError, match="no input 'xs'") as caught:
+            self.compiled(data, "xs: f32[2, 4]")
+        assert "'x'" in str(caught.value.next_step)
 
 
 def test_an_option_error_in_a_recipe_keeps_its_kind() -> None:
