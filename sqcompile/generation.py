@@ -40,7 +40,7 @@ def split_rows(input_ids: Any, attention_mask: Any) -> list[NDArray[np.int64]]:
     """Return each row's tokens without its padding.
 
     Raises:
-        InputError: If shapes do not fit, or padding lies between tokens.
+        InputError: If shapes do not fit, padding lies between tokens, or a token is negative.
     """
     if isinstance(input_ids, (torch.Tensor, np.ndarray)) and input_ids.ndim != 2:
         raise InputError(
@@ -52,7 +52,7 @@ def split_rows(input_ids: Any, attention_mask: Any) -> list[NDArray[np.int64]]:
         )
     rows = [as_tokens(row, f"row {number} of input_ids") for number, row in enumerate(input_ids)]
     if attention_mask is None:
-        return rows
+        return _not_negative(rows)
     masks = [np.asarray(row).astype(bool) for row in attention_mask]
     if [mask.shape for mask in masks] != [row.shape for row in rows]:
         raise InputError(
@@ -72,7 +72,21 @@ def split_rows(input_ids: Any, attention_mask: Any) -> list[NDArray[np.int64]]:
                 expected="zeros before or behind the tokens only",
                 next_step="pad on one side",
             )
-    return [row[mask] for row, mask in zip(rows, masks, strict=True)]
+    return _not_negative([row[mask] for row, mask in zip(rows, masks, strict=True)])
+
+
+def _not_negative(rows: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Return the rows, none of whose tokens is negative: runtimes would count it from the vocabulary's end."""
+    for number, row in enumerate(rows):
+        if row.size and row.min() < 0:
+            raise InputError(
+                "A token is negative.",
+                where=f"row {number} of input_ids, place {int((row < 0).argmax())}",
+                seen=int(row[row < 0][0]),
+                expected="tokens of the vocabulary, from 0 on",
+                next_step="pass an attention_mask that hides padding, or leave it out of the rows",
+            )
+    return rows
 
 
 def tokens_needed(prompts: Sequence[NDArray[np.int64]], max_new_tokens: int, limit: int | None) -> int:

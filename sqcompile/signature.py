@@ -41,12 +41,14 @@ class Value:
         shape: Sizes, or None where the leaf is no tensor.
         dtype: Element type, or None where the leaf is no tensor.
         constant: The value that was traced in, where the leaf is no tensor.
+        limit: What an input's numbers are below, where they say which rows of an embedding to take; else None.
     """
 
     name: str
     shape: tuple[Dim, ...] | None = None
     dtype: torch.dtype | None = None
     constant: Any = None
+    limit: int | None = None
 
     @property
     def is_tensor(self) -> bool:
@@ -227,7 +229,24 @@ class Signature:
                     expected=str(value),
                     next_step=f"pass size {expected}, or make the dimension dynamic with dynamic_shapes",
                 )
+        if value.limit is not None and leaf.numel() and not leaf.is_meta:
+            self._check_rows(value, leaf, value.limit)
         return leaf
+
+    def _check_rows(self, value: Value, leaf: torch.Tensor, limit: int) -> None:
+        """Check what says which rows of an embedding to take: runtimes count negative numbers from the end."""
+        low, high = (int(bound) for bound in leaf.aminmax())
+        if low < 0 or high >= limit:
+            first = ((leaf < 0) | (leaf >= limit)).nonzero()[0].tolist()
+            raise InputError(
+                f"Input '{value.name}' holds what is no row of the model's embedding.",
+                where=f"input '{value.name}' at {first}",
+                seen=int(leaf[tuple(first)]),
+                expected=f"0 to {limit - 1}",
+                next_step="correct the values: a tokenizer of another model, or labels such as -100, make such ones"
+                if low < -1 or high >= limit
+                else "pad with a row that there is, and hide it with the mask: -1 is none",
+            )
 
     def _check_dims(self, leaves: Sequence[Any]) -> None:
         """Check the sizes of symbolic dimensions: each has one size, within its range."""
@@ -439,6 +458,7 @@ def _value_to_json(value: Value) -> dict[str, Any]:
         "shape": None if value.shape is None else list(value.shape),
         "dtype": None if value.dtype is None else str(value.dtype).removeprefix("torch."),
         "constant": constant,
+        **({} if value.limit is None else {"limit": value.limit}),
     }
 
 
@@ -449,7 +469,10 @@ def _value_from_json(item: Mapping[str, Any]) -> Value:
     shape = None if item["shape"] is None else tuple(item["shape"])
     if any(not isinstance(size, (int, str)) for size in shape or ()):
         raise ValueError(f"{shape} is no shape")
-    return Value(name=str(item["name"]), shape=shape, dtype=dtype, constant=item["constant"])
+    limit = item.get("limit")
+    if not (limit is None or type(limit) is int):
+        raise ValueError(f"{limit!r} is no limit")
+    return Value(str(item["name"]), shape, dtype, item["constant"], limit)
 
 
 def _kinds_of(spec: pytree.TreeSpec) -> set[type]:

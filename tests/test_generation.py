@@ -44,6 +44,13 @@ def test_rows_lose_their_padding_on_either_side() -> None:
     assert [row.tolist() for row in split_rows([[5, 0], [6, 7]], [[1, 0], [1, 1]])] == [[5], [6, 7]]
 
 
+def test_negative_tokens_are_refused_unless_the_mask_hides_them() -> None:
+    """Runtimes would count them from the end of the vocabulary, and continue another text."""
+    with pytest.raises(InputError, match=r"row 1 of input_ids, place 1(.|\n)*-3(.|\n)*attention_mask"):
+        split_rows([[5, 6], [7, -3]], None)
+    assert [row.tolist() for row in split_rows([[5, 6], [7, -3]], [[1, 1], [1, 0]])] == [[5, 6], [7]]
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     tokens = torch.tensor([[5, 6, 7]])
     with pytest.raises(InputError, match="rows of tokens") as caught:

@@ -379,6 +379,44 @@ class Boxed:
     y: Any
 
 
+class TwoTables(nn.Module):
+    """Rows of two embeddings, one smaller; and an index that nothing looks up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = nn.Embedding(9, 4), nn.Embedding(5, 4)
+
+    def forward(self, ids: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return self.large(ids) + self.small(ids) + self.large((ids + shift).clamp(min=0))
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["traced", "stored"])
+@pytest.mark.parametrize(
+    ("ids", "place", "seen", "hint"),
+    [
+        ([[0, 4], [2, -1]], [1, 1], -1, "mask"),
+        ([[0, -100], [2, 3]], [0, 1], -100, "labels"),
+        ([[5, 4], [2, 3]], [0, 0], 5, "tokenizer"),
+    ],
+    ids=["padding", "labels", "too-large"],
+)
+def test_what_an_embedding_has_no_row_for_is_refused(
+    stored: bool, ids: list[list[int]], place: list[int], seen: int, hint: str
+) -> None:
+    good, shift = torch.tensor([[0, 4], [2, 3]]), torch.tensor([[-7, 0], [0, 0]])
+    signature = trace(seeded(TwoTables), (good, shift)).signature
+    if stored:
+        signature = Signature.from_json(signature.to_json())
+    assert [value.limit for value in signature.inputs] == [5, None]
+    assert torch.equal(signature.bind((good, shift), {})[0], good)
+    with pytest.raises(InputError) as caught:
+        signature.bind((torch.tensor(ids), shift), {})
+    assert (caught.value.where, caught.value.seen) == (f"input 'ids' at {place}", str(seen))
+    assert caught.value.expected == "0 to 4"
+    assert caught.value.next_step is not None
+    assert hint in caught.value.next_step
+
+
 def test_programs_are_called_as_their_models_are() -> None:
     model = seeded(TwoInputs)
     x, both = data(3, 4), pair()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def signature_of(
     """
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert in_spec is not None and out_spec is not None
-    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    values = [node.meta.get("val") for node in placeholders]
     results = list(next(node for node in graph.nodes if node.op == "output").args[0])
     given = [_named(axes) for axes in dynamic_axes(in_spec, names, dynamic_shapes)]
     symbols = _symbol_names(values, given)
@@ -40,8 +42,8 @@ def signature_of(
             dims[name] = _bounds(limits, named=name in chosen)
     return Signature(
         inputs=tuple(
-            _value(name, value, symbols)
-            for name, value in zip(_input_names(in_spec, names), values, strict=True)
+            dataclasses.replace(_value(name, node.meta.get("val"), symbols), limit=_rows_taken(node))
+            for name, node in zip(_input_names(in_spec, names), placeholders, strict=True)
         ),
         outputs=tuple(
             _value(name, item.meta.get("val") if isinstance(item, fx.Node) else item, symbols)
@@ -66,6 +68,17 @@ def _value(name: str, value: Any, symbols: dict[str, str]) -> Value:
         return Value(name, constant=value)
     shape = tuple(size if isinstance(size, int) else rename_symbols(size, symbols) for size in value.shape)
     return Value(name, shape, value.dtype)
+
+
+def _rows_taken(placeholder: fx.Node) -> int | None:
+    """Return how many rows the smallest embedding has that an input takes rows of; None if it takes none."""
+    tables = [
+        user.args[0]
+        for user in placeholder.users
+        if user.target is torch.ops.aten.embedding.default and user.args[1] is placeholder
+    ]
+    rows = [table.meta["val"].shape[0] for table in tables if isinstance(table, fx.Node)]
+    return min((size for size in rows if isinstance(size, int)), default=None)
 
 
 def _named(axes: dict[int, Any]) -> dict[int, str]:
