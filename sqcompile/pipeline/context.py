@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
-from sqcompile.errors import CalibrationError
+from sqcompile.errors import CalibrationError, PassContractError
 from sqcompile.executor import Executor, InProcess
+from sqcompile.fingerprint import tensor_identity
 from sqcompile.progress import Progress, SilentProgress
 from sqcompile.remarks import Remark
 
@@ -55,6 +57,7 @@ class PassContext:
 
         Raises:
             CalibrationError: If there is no calibration data.
+            PassContractError: If a batch has been written into: it is the caller's, and later passes read it, too.
         """
         if self.calibration is None:
             raise CalibrationError(
@@ -65,4 +68,15 @@ class PassContext:
                 next_step="pass calibration=[batch, …] to sqcompile.compile, or --data FILE on the command line "
                 "(100 to 500 samples are usual)",
             )
-        yield from self.progress.track(self.calibration, purpose)
+        for index, batch in enumerate(self.progress.track(self.calibration, purpose)):
+            tensors = [leaf for leaf in batch if isinstance(leaf, torch.Tensor)]
+            before = [tensor_identity(tensor) for tensor in tensors]
+            yield batch
+            if [tensor_identity(tensor) for tensor in tensors] != before:
+                raise PassContractError(
+                    f"{self.origin or 'The pass'} wrote into calibration batch {index}.",
+                    where=f"pass {self.origin}",
+                    seen="a tensor of the batch was modified, and with it the caller's data",
+                    expected="batches are only read: later passes read them, too",
+                    next_step="work on a copy: x = x.clone()",
+                )

@@ -47,16 +47,23 @@ class TensorGuard:
         Raises:
             PassContractError: If one has.
         """
+        name = self.written()
+        if name is None:
+            return
+        raise PassContractError(
+            f"Pass {item.name} wrote into the tensor '{name}'.",
+            where=f"tensor @{name}",
+            seen="its storage was modified, and with it the weights of the model",
+            expected="tensors are immutable: a pass replaces a tensor",
+            next_step="make a new tensor and call Rewriter.replace_tensor; load the model again",
+        )
+
+    def written(self) -> str | None:
+        """Return the name of a watched tensor that has been written to, or None."""
         for name, (tensor, identity, total) in self._watched.items():
-            if tensor_identity(tensor) == identity and (not self._content or checksum(tensor) == total):
-                continue
-            raise PassContractError(
-                f"Pass {item.name} wrote into the tensor '{name}'.",
-                where=f"tensor @{name}",
-                seen="its storage was modified, and with it the weights of the model",
-                expected="tensors are immutable: a pass replaces a tensor",
-                next_step="make a new tensor and call Rewriter.replace_tensor; load the model again",
-            )
+            if tensor_identity(tensor) != identity or (self._content and checksum(tensor) != total):
+                return name
+        return None
 
 
 class NumberGuard:

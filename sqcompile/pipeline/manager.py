@@ -121,7 +121,7 @@ class PassManager:
         for index, item in enumerate(self.passes):
             context.progress.note(f"[{index + 1}/{len(self.passes)}] {item}")
             before = program.snapshot()
-            with self._restoring(program, before, item, records):
+            with self._restoring(program, before, item, records, tensors):
                 records.append(self._run_one(item, program, before, context, numbers, tensors))
             for instrument in self.instruments:
                 instrument(item, before, program)
@@ -195,42 +195,63 @@ class PassManager:
 
     @contextmanager
     def _restoring(
-        self, program: Program, before: Program, item: Pass | None, records: Sequence[PassRecord]
+        self,
+        program: Program,
+        before: Program,
+        item: Pass | None,
+        records: Sequence[PassRecord],
+        tensors: TensorGuard | None = None,
     ) -> Iterator[None]:
         """On an error give the program back as it was, and say which pass failed, and after which others."""
         try:
             yield
         except Error as error:
             program.restore(before)
-            self._explain(error, item, program, records)
+            self._explain(error, own_line(item, error), item, program, records, tensors)
             raise
         except Exception as error:
             program.restore(before)
+            text = str(error)
             wrapped = PassError(
                 f"Pass {item.name} failed." if item else "The checks after the last pass failed.",
-                seen=f"{type(error).__name__}: {error}",
+                seen=type(error).__name__ + (f": {text}" if text else ""),
                 expected="a pass raises sqcompile.Error for input that it cannot take, and nothing else",
-                next_step="this is a mistake in the pass; please report it with the dumped graph",
+                next_step="correct the pass; the whole traceback: --debug, or the error's __cause__"
+                if item is not None and not _is_ours(item)
+                else "this is a mistake in the pass; please report it with the dumped graph",
             )
-            self._explain(wrapped, item, program, records)
+            self._explain(wrapped, own_line(item, error), item, program, records, tensors)
             raise wrapped from error
         except BaseException:  # an interrupt: half a pass must not stay
             program.restore(before)
             raise
 
     def _explain(
-        self, error: Error, item: Pass | None, program: Program, records: Sequence[PassRecord]
+        self,
+        error: Error,
+        line: str,
+        item: Pass | None,
+        program: Program,
+        records: Sequence[PassRecord],
+        tensors: TensorGuard | None,
     ) -> None:
         """Add to an error which pass failed, what ran before it, and where the last good graph is."""
         ran = ", ".join(record.text for record in records) or "no other pass"
-        place = f"pass {item.name} (after {ran})" if item else f"after {ran}"
+        place = f"pass {item.name} (after {ran})" + (f", {line}" if line else "") if item else f"after {ran}"
         repeats = item is not None and error.where == f"pass {item.name}"
         error.where = place if repeats or not error.where else f"{place}; {error.where}"
         name = item.name if item else "passes"
+        hints = [error.next_step] if error.next_step else []
+        # A restored program shares its tensors with the model: what was written into them stays.
+        written = tensors.written() if tensors is not None else None
+        if written is not None and "wrote into" not in error.what:
+            hints.append(
+                f"it also wrote into the tensor '{written}', and so into the model: load the model again"
+            )
         path = self._dump(program, name)
         if path is not None:
-            hint = f"the graph before {name} is in {path}"
-            error.next_step = f"{error.next_step}; {hint}" if error.next_step else hint
+            hints.append(f"the graph before {name} is in {path}")
+        error.next_step = "; ".join(hints) or None
 
     def _dump(self, program: Program, name: str) -> Path | None:
         """Write the last good graph; a failing dump must not hide the error that it explains."""
@@ -242,6 +263,24 @@ class PassManager:
             return path
         except (OSError, Error):
             return None
+
+
+def own_line(item: Pass | None, error: BaseException) -> str:
+    """Return the line of a user's own pass that an error came through, as `my_passes.py:41`, or nothing."""
+    if item is None or _is_ours(item):
+        return ""
+    file = type(item).run.__code__.co_filename
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            found = f"{os.path.basename(file)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
+
+
+def _is_ours(item: Pass) -> bool:
+    return type(item).__module__.partition(".")[0] == "sqcompile"
 
 
 def verify_program(program: Program) -> None:
@@ -328,6 +367,14 @@ def _check_result(item: Pass, result: object) -> None:
             expected="0, or the number of rewrites",
             next_step="count the rewrites: Rewriter.finish() returns their number",
         )
+    wrong = next((item for item in result.remarks if not isinstance(item, Remark)), None)
+    if wrong is not None:
+        raise PassContractError(
+            f"Pass {item.name} returns a remark that is none.",
+            seen=f"{wrong!r} ({type(wrong).__name__})",
+            expected="objects of sqcompile.Remark",
+            next_step="call context.remark(node, reason) instead: it makes one, and keeps it",
+        )
 
 
 def _check_report(item: Pass, result: PassResult, changed: bool) -> None:
@@ -338,5 +385,7 @@ def _check_report(item: Pass, result: PassResult, changed: bool) -> None:
         seen=f"it reports {result.changes} changes, and the program has "
         + ("changed" if changed else "not changed"),
         expected="0 changes if and only if the program is untouched",
-        next_step="count the rewrites: Rewriter.finish() returns their number",
+        next_step="count the rewrites: Rewriter.finish() returns their number"
+        if changed
+        else "count only what stays: replace users of the new node; Rewriter.discard takes back a call that was a trial",
     )

@@ -188,6 +188,15 @@ def _check_operator(node: fx.Node) -> None:
     """Check that a node calls an operator: overloads of torch.ops, and Python's own on tuples and sizes."""
     target = node.target
     if node.op == "call_function":
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            raise VerifyError(
+                f"The program holds '{operator_name(node)}', which writes into its arguments.",
+                where=locate(node),
+                seen=str(target),
+                expected="operators that make new values: others may read the old one, and backends move nodes",
+                next_step="insert the operator that returns a new value, such as torch.ops.aten.relu.default "
+                "for relu_",
+            )
         if isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
             return
         home = getattr(target, "__module__", "") or ""

@@ -10,7 +10,7 @@ import torch
 from support.programs import data, mlp
 
 from sqcompile.calibration import Calibration
-from sqcompile.errors import CalibrationError
+from sqcompile.errors import CalibrationError, PassContractError
 from sqcompile.pipeline import PassContext
 from sqcompile.remarks import Remark
 
@@ -32,6 +32,18 @@ class Counting:
 
     def note(self, text: str) -> None:
         pass
+
+
+def test_a_batch_that_is_written_into_is_refused() -> None:
+    """It is the caller's own tensor, and the next pass would calibrate on what is left of it."""
+    batch = data(2, 8)
+    context = PassContext(Calibration([batch], mlp().signature), origin="hasty")
+    with pytest.raises(PassContractError, match="hasty wrote into calibration batch 0") as caught:
+        for (x,) in context.batches("looking"):
+            x.clamp_(min=0)
+    assert "clone" in str(caught.value.next_step)
+    for (x,) in context.batches("looking"):
+        x.clone().clamp_(min=0)
 
 
 def test_batches_are_bound_and_counted() -> None:

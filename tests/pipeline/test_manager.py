@@ -291,6 +291,14 @@ def divide_by_zero(program: Program, context: PassContext) -> int:
     return 1 // 0
 
 
+def wrong_call(program: Program, context: PassContext) -> int:
+    edit = Rewriter(program)
+    node = linear(program)
+    with edit.before(node):
+        edit.call(aten.linear.default, node.args[0], node.args[0], node.args[0], node.args[0])
+    return edit.finish()
+
+
 def recurse(program: Program, context: PassContext) -> int:
     return recurse(program, context)
 
@@ -325,6 +333,11 @@ CASES: dict[str, tuple[Body, type[Error], str]] = {
     "a tensor that is not there": (read_nothing, VerifyError, "does not hold"),
     "a Python function": (call_python, VerifyError, "no operator"),
     "a module": (call_module, VerifyError, "no operator"),
+    "an operator in place": (
+        edit_with(lambda edit: replace_output(edit, aten.relu_.default)),
+        VerifyError,
+        "'relu_', which writes into its arguments",
+    ),
     "an operator of another level": (
         edit_with(lambda edit: replace_output(edit, ours.observe.default, "name")),
         LevelError,
@@ -412,6 +425,58 @@ class TestCatching:
         with pytest.raises(VerifyError) as caught:
             run([misbehaving(wrong_shape)])
         assert "node %linear (first, programs.py:" in str(caught.value.where)
+
+    def test_says_where_in_a_pass_of_the_users(self) -> None:
+        """A line of the pass itself, not one of a library that it calls."""
+
+        def ask_nothing(program: Program, context: PassContext) -> int:
+            return len(program.tensor("nothing"))
+
+        for body, kind in ((ask_nothing, PassError), (wrong_call, VerifyError)):
+            line = body.__code__.co_firstlineno + (1 if body is ask_nothing else 4)
+            with pytest.raises(kind) as caught:
+                run([misbehaving(body)])
+            # The body is called by `run`, in this file too: the innermost line counts.
+            assert f"pass misbehaving (after no other pass), test_manager.py:{line}" in str(
+                caught.value.where
+            )
+        with pytest.raises(PassError) as caught:
+            run([misbehaving(ask_nothing)])
+        assert str(caught.value.next_step).startswith("correct the pass") and "KeyError" in str(
+            caught.value.seen
+        )
+
+    def test_an_assertion_without_text(self) -> None:
+        def asserts(program: Program, context: PassContext) -> int:
+            raise AssertionError
+
+        with pytest.raises(PassError) as caught:
+            run([misbehaving(asserts)])
+        assert caught.value.seen == "AssertionError"
+
+    @pytest.mark.parametrize("error", [ValueError("oops"), InputError("This model is too small.")])
+    def test_says_what_a_failing_pass_has_written_before(self, error: Exception) -> None:
+        """The program is restored, but it shares its tensors with the model."""
+
+        def write_then_raise(program: Program, context: PassContext) -> int:
+            weight(program).data.zero_()
+            raise error
+
+        with pytest.raises(Error) as caught:
+            run([misbehaving(write_then_raise)], fresh())
+        assert "also wrote into the tensor 'first.weight'" in str(caught.value.next_step)
+        with pytest.raises(Error) as caught:
+            run([misbehaving(divide_by_zero)], fresh())
+        assert "wrote into" not in str(caught.value.next_step)
+
+    def test_a_remark_that_is_none(self) -> None:
+        class Talking(Pass):
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                return PassResult(remarks=("nothing to do",))  # type: ignore[arg-type]
+
+        with pytest.raises(PassContractError, match="a remark that is none") as caught:
+            run([Talking()])
+        assert "context.remark" in str(caught.value.next_step)
 
     def test_a_pass_says_itself_what_is_wrong_with_the_input(self) -> None:
         def needs_data(program: Program, context: PassContext) -> int:
