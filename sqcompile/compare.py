@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from sqcompile.errors import Error
 from sqcompile.evaluate import run_watched
-from sqcompile.layers import Layer, layers_of
+from sqcompile.layer_values import original_name
+from sqcompile.layers import Layer, layer_of, layers_of
 from sqcompile.metrics import Distance, DistanceMeter, distance
 from sqcompile.program import Program
 from sqcompile.text import locate
@@ -108,6 +109,137 @@ def compare_layers(
     ]
 
 
+@dataclass(frozen=True)
+class NamedLayer:
+    """A layer of something that shows its values by their names.
+
+    Attributes:
+        name: Name of the layer.
+        node: Name of its own value.
+        place: Node, module path and source line, as far as they are known.
+        values: Names of the values that it can be judged by, its own first; then those made from it alone, up to the
+            next layer: a batch norm that the other side has folded, an activation that a runtime has fused.
+    """
+
+    name: str
+    node: str
+    place: str
+    values: tuple[str, ...]
+
+
+class NamedValues(Protocol):
+    """Something that runs and shows its values, under the names of the traced model's nodes.
+
+    A program is one (`ProgramValues`), and a file whose values have names. Values are handed over as they would be had
+    no pass rescaled or rotated them.
+    """
+
+    def names(self) -> Collection[str]:
+        """Return the names of the values that it can show."""
+        ...
+
+    def layers(self) -> list[NamedLayer]:
+        """Return its layers, in order."""
+        ...
+
+    def show(
+        self, inputs: Sequence[Any], names: Collection[str], on_value: Callable[[str, torch.Tensor], None]
+    ) -> object:
+        """Run on flat inputs, and hand over the floating-point values of these names."""
+        ...
+
+
+class ProgramValues:
+    """A program's values by name.
+
+    Args:
+        program: The program.
+        run: What runs it, such as a `WatchedSession` of it; None: PyTorch.
+    """
+
+    def __init__(self, program: Program, run: Watch | None = None) -> None:
+        self._program = program
+        self._run = run or partial(run_watched, program)
+        self._nodes: dict[str, fx.Node] = {}
+        # Where channels were rescaled or rotated, only layers say so, not what is between them.
+        changed = any("rescaled" in node.meta or "rotated" in node.meta for node in program.compute_nodes())
+        self._layers: list[NamedLayer] = []
+        for layer in layers_of(program):
+            nodes = [layer.node] if changed else list(self._behind(layer.node))
+            for node in filter(_is_float, nodes):
+                self._nodes.setdefault(original_name(node), node)
+            names = tuple(original_name(node) for node in nodes)
+            self._layers.append(NamedLayer(layer.name, layer.node.name, locate(layer.node), names))
+
+    def names(self) -> Collection[str]:
+        """Return the names of the traced nodes whose values layers, and what is made from them alone, have."""
+        return self._nodes.keys()
+
+    def layers(self) -> list[NamedLayer]:
+        """Return its layers, in graph order."""
+        return self._layers
+
+    def show(
+        self, inputs: Sequence[Any], names: Collection[str], on_value: Callable[[str, torch.Tensor], None]
+    ) -> object:
+        """Run on flat inputs, and hand over the values of these names."""
+        wanted = {self._nodes[name]: name for name in names}
+
+        def hand_over(node: fx.Node, value: Any) -> None:
+            on_value(wanted[node], _undone(node, value))
+
+        return self._run(inputs, wanted, hand_over)
+
+    def _behind(self, node: fx.Node) -> Iterable[fx.Node]:
+        """Yield a node, and those that are computed from it alone, up to the next layer."""
+        while True:
+            yield node
+            users = list(node.users)
+            if len(users) != 1 or layer_of(self._program, users[0]) is not None:
+                return
+            node = users[0]
+            if node.op != "call_function" or sum(item.op != "get_attr" for item in node.all_input_nodes) > 1:
+                return
+
+
+def compare_named(
+    reference: NamedValues, other: NamedValues, layers: Sequence[NamedLayer], batches: Iterable[Sequence[Any]]
+) -> list[LayerDistance]:
+    """Compare two things that show values by name, at the first value of each layer that both have.
+
+    Args:
+        reference: What is right.
+        other: What to judge.
+        layers: The layers of one of them.
+        batches: Flat inputs.
+
+    Returns:
+        One entry a layer whose value both show in the same shape, in order.
+    """
+    both = set(reference.names()) & set(other.names())
+    judged = {layer: next((name for name in layer.values if name in both), None) for layer in layers}
+    wanted = {name for name in judged.values() if name is not None}
+    meters: dict[str, DistanceMeter] = {}
+    for batch in batches:
+        kept: dict[str, tuple[torch.Size, torch.Tensor]] = {}
+
+        def keep(name: str, value: torch.Tensor) -> None:
+            kept[name] = value.shape, _sample(value)  # noqa: B023  (called before the next batch)
+
+        def meet(name: str, value: torch.Tensor) -> None:
+            shape, right = kept.get(name, (None, None))  # noqa: B023
+            if right is not None and value.shape == shape:
+                meters.setdefault(name, DistanceMeter()).add(right, _sample(value))
+
+        reference.show(batch, wanted, keep)
+        other.show(batch, wanted, meet)
+    return [
+        LayerDistance(layer.name, layer.node, layer.place, meters[name].result())
+        for layer, name in judged.items()
+        if name is not None and name in meters
+    ]
+
+
 def first_jump(
     before: Program,
     after: Program,
@@ -145,14 +277,9 @@ def _counterparts(reference: Program, nodes: Iterable[fx.Node]) -> dict[fx.Node,
     """Map nodes of another program to the nodes of the reference that have the same value."""
     known: dict[str, fx.Node] = {}
     for node in reference.compute_nodes():
-        known.setdefault(_original_name(node), node)
-    pairs = {node: known.get(_original_name(node)) for node in nodes}
+        known.setdefault(original_name(node), node)
+    pairs = {node: known.get(original_name(node)) for node in nodes}
     return {node: other for node, other in pairs.items() if other is not None}
-
-
-def _original_name(node: fx.Node) -> str:
-    """Return the name of the traced node whose value a node has; its own may be another's there."""
-    return str(node.meta.get("stands_for", node.name))
 
 
 def _result(layer: Layer, pairs: Mapping[fx.Node, fx.Node]) -> fx.Node:

@@ -21,9 +21,16 @@ from sqcompile.backends.onnxruntime.generation.rewrite import Generation, genera
 from sqcompile.backends.onnxruntime.generation.wire import wire
 from sqcompile.backends.onnxruntime.selection import select
 from sqcompile.backends.onnxruntime.translations import OPSET, TABLE
+from sqcompile.compare import ProgramValues
 from sqcompile.errors import BackendError
+from sqcompile.layer_values import LAYERS, LayerValues, layers_to_json, original_name
 from sqcompile.program import Program
 from sqcompile.text import locate, symbol_names
+
+_Values = dict[str, tuple[ir.Value, fx.Node]]
+
+_TAG = "sqcompile.node"
+"""Key under which nodes carry their names through the exporter."""
 
 _LARGEST_IR_VERSION = 10
 """The file format that belongs to opset 21; runtimes older than the exporter read no later one."""
@@ -59,7 +66,7 @@ def lower_generating(program: Program) -> OnnxArtifact:
 
 def _lowered(program: Program, generation: Generation | None) -> tuple[ir.Model, list[str]]:
     selected, notes = select(program)
-    model = _export(selected)
+    model, values = _export(selected)
     cleanup.clean(model, program.signature, symbol_names(program))
     if generation is not None:
         wire(model, generation)
@@ -70,14 +77,53 @@ def _lowered(program: Program, generation: Generation | None) -> tuple[ir.Model,
     if guarded:
         notes.append(f"{guarded} int8 weights choose their form at load, so that no CPU saturates")
     cleanup.drop_inner_shapes(model.graph)
+    model.metadata_props[LAYERS] = layers_to_json(_layers_of_file(program, model, values))
     model.producer_name = "sqcompile"
     model.producer_version = version("sqcompile")
     model.ir_version = min(model.ir_version, _LARGEST_IR_VERSION)
     return model, notes
 
 
-def _export(program: Program) -> ir.Model:
+def _values_of_nodes(model: ir.Model, exported: torch.export.ExportedProgram, program: Program) -> _Values:
+    """Return the exported values that are those of nodes, by the names of the traced nodes that they stand for.
+
+    The exporter traces the program again and names values after nodes of its own; the tags come through.
+    """
+    traced: dict[str, str] = {}  # of what one node becomes, the last has its value
+    for node in exported.graph.nodes:
+        if _TAG in node.meta.get("custom", {}):
+            traced[node.meta["custom"][_TAG]] = node.name
+    values = {value.name: value for operator in model.graph for value in operator.outputs}
+    found: _Values = {}
+    for node in program.compute_nodes():
+        value = values.get(traced.get(node.name, ""))
+        if value is not None and "rotated" not in node.meta:  # a rotated value is none of the model's
+            found.setdefault(original_name(node), (value, node))
+    return found
+
+
+def _layers_of_file(program: Program, model: ir.Model, values: _Values) -> list[LayerValues]:
+    """Return which values of the finished graph are those of the program's layers."""
+    present = {id(value) for operator in model.graph for value in operator.outputs}
+    layers = []
+    for layer in ProgramValues(program).layers():
+        known = {
+            name: values[name] for name in layer.values if name in values and id(values[name][0]) in present
+        }
+        factor = next((node.meta["rescaled"] for _, node in known.values() if "rescaled" in node.meta), None)
+        if factor is not None:
+            factor = torch.as_tensor(factor)
+            factor = None if bool((factor == 1).all()) else factor
+        named = {name: str(value.name) for name, (value, _) in known.items()}
+        layers.append(LayerValues(layer.name, named, factor))
+    return layers
+
+
+def _export(program: Program) -> tuple[ir.Model, _Values]:
+    """Return a program as ONNX, and its values by the names of the traced nodes that they stand for."""
     _drop_constant_results(program)
+    for node in program.compute_nodes():
+        node.meta["custom"] = {**(node.meta.get("custom") or {}), _TAG: node.name}
     try:
         exported = program.to_exported_program()
         with _quiet(), torch.no_grad():
@@ -91,8 +137,8 @@ def _export(program: Program) -> ir.Model:
             )
     except Exception as error:
         raise _explain(error) from error
-    assert result is not None
-    return result.model
+    assert result is not None and result.exported_program is not None
+    return result.model, _values_of_nodes(result.model, result.exported_program, program)
 
 
 def _drop_constant_results(program: Program) -> None:

@@ -67,7 +67,7 @@ class OnnxSession(Session):
             InputError: If a model with a cache cannot take the inputs.
             BackendError: If the runtime fails.
         """
-        feeds = self._feeds(inputs)
+        feeds = self.feeds(inputs)
         try:
             results = iter(self.inner.run(self._outputs, feeds))
         except Exception as error:
@@ -98,7 +98,7 @@ class OnnxSession(Session):
             def open_session(options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
                 return _open(str(source), options)
 
-        return layer_times(open_session, options, written, self._feeds(inputs), layers, runs)
+        return layer_times(open_session, options, written, self.feeds(inputs), layers, runs)
 
     def generator(self, capacity: int = 2048) -> TextGenerator:
         """Return a cache of its own for a text, which is continued step by step.
@@ -171,7 +171,12 @@ class OnnxSession(Session):
             self._generating = OnnxSession(_open_artifact(artifact, options), artifact.signature, artifact)
         return self._generating
 
-    def _feeds(self, inputs: Sequence[Any]) -> dict[str, np.ndarray]:
+    def feeds(self, inputs: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return flat, checked inputs as the runtime takes them, by the names in the file.
+
+        Raises:
+            InputError: If a model with a cache cannot take them.
+        """
         tensors = [
             (value.name, _to_numpy(item))
             for item, value in zip(inputs, self.signature.inputs, strict=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
     from sqcompile.api import Compiled
     from sqcompile.bisect import PassStep, Trial
+    from sqcompile.cli.file_values import Fed, FileValues
     from sqcompile.cli.subjects import Subject
-    from sqcompile.compare import LayerDistance
+    from sqcompile.compare import LayerDistance, NamedValues
     from sqcompile.metrics import Distance
     from sqcompile.pipeline import Pass
     from sqcompile.pipeline.manager import Instrument
@@ -35,6 +37,9 @@ _ROUNDING_DB = 100.0
 
 _GOOD_DB = 50.0
 """What counts as undisturbed: above it, a fall is the first rounding and no jump."""
+
+_MAX_NAMES = 8
+"""So many layers that were not compared are named."""
 
 
 @command
@@ -65,7 +70,8 @@ def compare(
 
     SQNR is the power of the signal over that of the error: 20 dB is an error of a tenth, 40 dB of a
     hundredth. Layers are paired by name. Outputs are those of the runtimes, and so are the layers of an .onnx or .sqm
-    file: the recipe that it carries is compiled again, with each layer's value as a further output.
+    file: the recipe that it carries is compiled again, with each layer's value as a further output. An .onnx file whose
+    recipe cannot be run (of an object in Python), or that another tool wrote, is asked for its values itself.
 
     **Examples**
 
@@ -166,27 +172,61 @@ def _compare_outputs(
 def _compare_layers(
     first: Subject, second: Subject, batches: Sequence[list[Any]], threads: int | None
 ) -> tuple[list[LayerDistance], list[str]]:
-    """Return one row a layer, or the reason why there are none."""
+    """Return one row a layer, and what to say about them: with none, the reason."""
     from sqcompile.compare import compare_layers
     from sqcompile.errors import BackendError
 
-    sides = []
+    sides: list[_Side | _FileSide] = []
     for subject in (first, second):
         side, reason = _side_of(subject, threads)
         if side is None:
             return [], [reason]
         sides.append(side)
     tracked = progress().track(batches, "comparing layers")
+    left, right = sides
+    if isinstance(left, _FileSide) or isinstance(right, _FileSide):
+        return _compare_named(left, right, tracked)
     try:
         rows = compare_layers(
-            sides[0].program, sides[1].program, tracked, run_reference=sides[0].run, run_program=sides[1].run
+            left.program, right.program, tracked, run_reference=left.run, run_program=right.run
         )
         notes = [note for side in sides for note in side.notes()]
     except BackendError as error:
         # A runtime that cannot hand the layers over is no reason to show none.
-        rows = compare_layers(sides[0].program, sides[1].program, batches)
+        rows = compare_layers(left.program, right.program, batches)
         notes = [f"the layers are those of the recipes, run in PyTorch: {error.what}"]
     return rows, notes if rows else [*notes, "the two have no layers of the same names"]
+
+
+def _compare_named(
+    left: _Side | _FileSide, right: _Side | _FileSide, batches: Iterable[Sequence[Any]]
+) -> tuple[list[LayerDistance], list[str]]:
+    """Compare by the names of values, which is all that a file without a recipe has."""
+    from sqcompile.compare import compare_named
+    from sqcompile.errors import BackendError
+
+    # A program knows its layers and their lines; a file has operators, which may belong to one layer.
+    knows = left if isinstance(right, _FileSide) and isinstance(left, _Side) else right
+    layers = knows.values.layers()
+    try:
+        rows = compare_named(left.values, right.values, layers, batches)
+        notes = [note for side in (left, right) for note in side.notes()]
+    except BackendError as error:
+        return [], [f"layers cannot be compared: {error}"]
+    judged = {row.node for row in rows}
+    missing = [layer.name for layer in layers if layer.node not in judged]
+    if not rows:
+        return [], [
+            f"'{left.name}' and '{right.name}' show their outputs only: no layer's value has the same name and shape "
+            "in both. Files of sqcompile, of torch.onnx.export(dynamo=True), and what onnxruntime.quantization makes "
+            "of these have the names of the traced model"
+        ]
+    if missing:
+        notes.append(
+            f"{len(missing)} of {len(layers)} layers have no value of one shape in both (fused, rotated or pruned): "
+            f"{', '.join(missing[:_MAX_NAMES])}{', …' if len(missing) > _MAX_NAMES else ''}"
+        )
+    return rows, notes
 
 
 @dataclass(frozen=True)
@@ -197,24 +237,59 @@ class _Side:
     program: Program
     run: WatchedSession | None = None
 
+    @cached_property
+    def values(self) -> NamedValues:
+        """Its values by name."""
+        from sqcompile.compare import ProgramValues
+
+        return ProgramValues(self.program, self.run)
+
     def notes(self) -> list[str]:
         """Return what to say about the layers, once they have been compared."""
         if self.run is None:
             return []
-        apart = self.run.apart
-        said = (
-            f"the layers of '{self.name}' are its runtime's own: its recipe was compiled again with each of them as "
-            "an output"
-        )
-        if not apart.finite or apart.sqnr_db < _ROUNDING_DB:
-            return [
-                f"{said}; so compiled, its outputs are not the file's: {apart}, as operators fuse differently"
-            ]
-        return [said]
+        return [
+            _said(
+                f"the layers of '{self.name}' are its runtime's own: its recipe was compiled again with each of them "
+                "as an output",
+                "so compiled",
+                self.run.apart,
+            )
+        ]
 
 
-def _side_of(subject: Subject, threads: int | None) -> tuple[_Side | None, str]:
-    """Return the program of a subject, an artifact's made again by the recipe that it carries; or why there is none."""
+@dataclass(frozen=True)
+class _FileSide:
+    """An ONNX file to compare whose recipe cannot be run again, if it has any."""
+
+    name: str
+    values: FileValues
+
+    def notes(self) -> list[str]:
+        """Return what to say about the layers, once they have been compared."""
+        names = "" if self.values.ours else ", paired by equal names"
+        return [
+            _said(
+                f"the layers of '{self.name}' are the file's own values, each as a further output of it{names}",
+                "with them",
+                self.values.apart,
+            )
+        ]
+
+
+def _said(about: str, when: str, apart: Distance) -> str:
+    """Add by how much the outputs of what was watched differ from those of the file, if they do."""
+    if apart.finite and apart.sqnr_db >= _ROUNDING_DB:
+        return about
+    return f"{about}; {when}, its outputs are not the file's: {apart}, as operators fuse differently"
+
+
+def _side_of(subject: Subject, threads: int | None) -> tuple[_Side | _FileSide | None, str]:
+    """Return what shows the layers of a subject, or why nothing does.
+
+    An artifact's program is made again by the recipe that it carries; an .onnx file that carries none which can be run
+    is asked for its values itself.
+    """
     from sqcompile.backend import get_backend
     from sqcompile.errors import Error
     from sqcompile.provenance import recipe_of
@@ -227,9 +302,11 @@ def _side_of(subject: Subject, threads: int | None) -> tuple[_Side | None, str]:
     try:
         recipe = recipe_of(subject.path)
     except Error as error:
-        return (
-            None,
-            f"'{subject.name}' shows its outputs only: {error.what} Compile to .pt2 to compare layers",
+        if subject.path.suffix == ".onnx":
+            return _file_side(subject, threads)
+        return None, (
+            f"'{subject.name}' shows its outputs only: {error.what} Save what was compiled as .onnx or .pt2 too "
+            "(compiled.save('model.onnx')): their layers can be compared"
         )
     program = _compile(recipe, recipe.passes).program
     writer = SUFFIXES[subject.path.suffix]
@@ -238,6 +315,19 @@ def _side_of(subject: Subject, threads: int | None) -> tuple[_Side | None, str]:
     return _Side(
         subject.name, program, WatchedSession(program, backend, subject.session, threads=threads)
     ), ""
+
+
+def _file_side(subject: Subject, threads: int | None) -> tuple[_FileSide | None, str]:
+    from sqcompile.cli.file_values import FileValues
+
+    assert subject.path is not None
+    values = FileValues(subject.path, cast("Fed", subject.session), threads)
+    if not values.layers_are_known:
+        return None, (
+            f"'{subject.name}' shows its outputs only: the version of sqcompile that wrote it did not say which of its "
+            "values are those of layers. Compile it again to compare them"
+        )
+    return _FileSide(subject.name, values), ""
 
 
 def _compile(recipe: Recipe, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> Compiled:

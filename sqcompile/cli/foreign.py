@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch.utils import _pytree as pytree
@@ -65,16 +66,19 @@ class ForeignSession(Session):
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """Run on flat inputs."""
-        names = [value.name for value in self.signature.inputs]
-        feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         try:
-            return [torch.from_numpy(value) for value in self._inner.run(None, feeds)]
+            return [torch.from_numpy(value) for value in self._inner.run(None, self.feeds(inputs))]
         except Exception as error:
             raise BackendError(
                 "ONNX Runtime failed while running the model.",
                 seen=str(error).splitlines()[0],
                 next_step="check that the inputs are those that the file takes",
             ) from error
+
+    def feeds(self, inputs: Sequence[Any]) -> dict[str, np.ndarray]:
+        """Return flat inputs as the runtime takes them, by the names in the file."""
+        names = [value.name for value in self.signature.inputs]
+        return {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
 
 
 def is_ours(path: Path) -> bool:

@@ -11,6 +11,7 @@ from torch import fx
 from sqcompile.errors import VerifyError
 from sqcompile.evaluate import constant_sources, constant_value
 from sqcompile.fingerprint import tensor_identity
+from sqcompile.layer_values import original_name
 from sqcompile.layers import Layer, layers_of
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
@@ -89,11 +90,11 @@ def check_masks_kept(before: Program, after: Program) -> None:
     Raises:
         VerifyError: If one has.
     """
-    pruned = {_original_name(layer.node) for layer in layers_of(before) if _is_pruned(before, layer)}
+    pruned = {original_name(layer.node) for layer in layers_of(before) if _is_pruned(before, layer)}
     if not pruned:
         return
     for layer in layers_of(after):
-        if _original_name(layer.node) in pruned and not _is_pruned(after, layer):
+        if original_name(layer.node) in pruned and not _is_pruned(after, layer):
             raise VerifyError(
                 f"The layer '{layer.name}' has lost its mask.",
                 where=locate(layer.node),
@@ -302,10 +303,6 @@ def _is_pruned(program: Program, layer: Layer) -> bool:
         assert isinstance(source, fx.Node)
         value = source
     return False
-
-
-def _original_name(node: fx.Node) -> str:
-    return str(node.meta.get("stands_for", node.name))
 
 
 def _scale_shape(node: fx.Node) -> tuple[int, ...] | None:

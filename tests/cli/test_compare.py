@@ -229,3 +229,75 @@ def test_bisect_prints_what_to_paste(run, folder: Path) -> None:
     assert "dB" in blamed
     refused = run("compare", "net.py:make", "net.py:make", "-d", "x.npz", "--bisect")
     assert refused.code == 1 and "no recipe to change" in refused.err
+
+
+@pytest.fixture
+def from_python(folder: Path):
+    """Compiles net.py's net as an object, so that the file's recipe names no model."""
+    import torch
+
+    import sqcompile
+    from sqcompile.models import load_model
+
+    def make(passes: str, *names: str, backend: str = "onnxruntime") -> None:
+        batch = torch.from_numpy(np.load("x.npz")["image"])
+        compiled = sqcompile.compile(
+            load_model("net.py:make"),
+            passes,
+            calibration=[batch],
+            dynamic_shapes={"image": {0: "batch"}},
+            backend=backend,
+        )
+        for name in names:
+            compiled.save(name)
+
+    return make
+
+
+def test_files_without_a_recipe_to_run_are_asked_for_their_values(run, folder: Path, from_python) -> None:
+    coarse = "fold-batch-norm,quantize-weights{weight=int8:channel=0,formats=[[fc,int2:channel=0]]}"
+    from_python(coarse, "net.onnx", "net.pt2")
+    about = run("compare", "net.py:make", "net.onnx", "-d", "x.npz", "--json").json
+    assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"] and about["jump"] == "fc"
+    assert about["notes"] == [
+        "the layers of 'net.onnx' are the file's own values, each as a further output of it"
+    ]
+    for pair in (("net.onnx", "net.pt2"), ("net.pt2", "net.onnx"), ("net.onnx", "net.onnx")):
+        about = run("compare", *pair, "-d", "x.npz", "--json").json
+        assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"], pair
+        # MatMulNBits rounds activations, which the program does not; convolutions are float's rounding apart.
+        assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 30 for layer in about["layers"]), pair
+    # With a file that carries a recipe, whose layers are its runtime's own.
+    run("compile", "net.py:make", "-d", "x.npz", "-p", "fold-batch-norm", "-o", "named.sqm")
+    about = run("compare", "named.sqm", "net.onnx", "-d", "x.npz", "--json").json
+    assert about["jump"] == "fc" and len(about["notes"]) == 2
+    assert "'named.sqm' are its runtime's own" in about["notes"][0]
+
+
+def test_an_engine_file_without_a_recipe_says_what_to_save(run, folder: Path, from_python) -> None:
+    from_python("fold-batch-norm", "net.sqm", "net.onnx", "net.pt2", backend="native")
+    about = run("compare", "net.py:make", "net.sqm", "-d", "x.npz", "--json").json
+    assert about["outputs"]["output"]["sqnr_db"] > 100 and about["layers"] == []
+    (note,) = about["notes"]
+    assert "an object in memory" in note and "compiled.save('model.onnx')" in note
+    # What the note says works with the same object.
+    for name in ("net.onnx", "net.pt2"):
+        about = run("compare", "net.py:make", name, "-d", "x.npz", "--json").json
+        assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
+
+
+def test_files_without_common_names_show_their_outputs(run, folder: Path, from_python) -> None:
+    import onnx
+
+    from_python("fold-batch-norm", "net.onnx")
+    model = onnx.load(folder / "net.onnx")
+    del model.metadata_props[:]
+    inner = {name for node in model.graph.node for name in node.output} - {"output"}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"value/{name}" if name in inner else name for name in names]
+    onnx.save(model, folder / "other.onnx")
+    about = run("compare", "net.py:make", "other.onnx", "-d", "x.npz", "--json").json
+    assert about["outputs"]["output"]["sqnr_db"] > 100 and about["layers"] == []
+    (note,) = about["notes"]
+    assert "show their outputs only: no layer's value has the same name" in note

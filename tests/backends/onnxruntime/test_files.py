@@ -17,6 +17,7 @@ from torch import nn
 from sqcompile.backends.onnxruntime import BACKEND
 from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
 from sqcompile.errors import BackendError, FileError
+from sqcompile.layer_values import LAYERS
 from sqcompile.program import Program
 from sqcompile.tracing import trace
 
@@ -149,8 +150,10 @@ def test_a_file_holds_no_traces_of_the_machine(artifact: OnnxArtifact) -> None:
         assert trace_of not in content
     model = onnx.load_from_string(content)
     assert model.producer_name == "sqcompile"
-    assert [item.key for item in model.metadata_props] == [SIGNATURE]
-    assert json.loads(model.metadata_props[0].value)["inputs"][0]["shape"] == [2, 32]
+    stated = {item.key: json.loads(item.value) for item in model.metadata_props}
+    assert sorted(stated) == sorted([SIGNATURE, LAYERS])
+    assert stated[SIGNATURE]["inputs"][0]["shape"] == [2, 32]
+    assert stated[LAYERS] == [["0", {"linear": "linear", "relu": "relu"}], ["2", {"linear_1": "output"}]]
 
 
 def test_models_need_no_newer_runtime_than_they_must(artifact: OnnxArtifact) -> None:
