@@ -16,10 +16,10 @@ from torch.export import ExportedProgram
 
 from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
 from sqcompile.blocks import find_blocks
-from sqcompile.calibration import Calibration, as_call, keep_iterator, reject_empty
+from sqcompile.calibration import LABELS_HINT, Calibration, as_call, keep_iterator, reject_empty
 from sqcompile.compare import LayerDistance, compare_layers
 from sqcompile.data import Batches, DataFile
-from sqcompile.errors import BackendError, FileError, InputError, RecipeError
+from sqcompile.errors import BackendError, CalibrationError, FileError, InputError, RecipeError
 from sqcompile.executor import Executor, check_reachable, open_executor
 from sqcompile.files import require_file
 from sqcompile.gguf_file import save_gguf
@@ -40,7 +40,7 @@ from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
 from sqcompile.streaming import Job, Streamed, compress_parts, weights_of
 from sqcompile.tracing import trace
-from sqcompile.tracing.inputs import Inputs, argument_names, normalize_inputs
+from sqcompile.tracing.inputs import Inputs, argument_names, check_call, normalize_inputs
 
 if TYPE_CHECKING:
     from sqcompile.recipe import Recipe
@@ -73,6 +73,12 @@ class Compiled:
         self.artifact = artifact
         self.session = session
         self.report = report
+
+    def __repr__(self) -> str:
+        from sqcompile.report_tables import size_text
+
+        made = self.report
+        return f"<Compiled {made.model}: {made.backend}, {_layers(len(made.layers))}, {size_text(made.file_bytes)}>"
 
     @property
     def original(self) -> Program:
@@ -171,6 +177,11 @@ class LazyCompiled:
         self._options = dict(options)
         self._compiled: Compiled | None = None
 
+    def __repr__(self) -> str:
+        if self._compiled is None:
+            return f"<LazyCompiled {model_name(self._model)}: compiled at its first call>"
+        return f"<LazyCompiled: {self._compiled!r}>"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compile at the first call, and run."""
         if self._compiled is None:
@@ -191,6 +202,10 @@ class LazyCompiled:
                 next_step="call the compiled model once, or pass example_inputs to sqcompile.compile",
             )
         return getattr(self._compiled, name)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" + ("" if count == 1 else "s")
 
 
 class _NotCompiledError(InputError, AttributeError):
@@ -470,7 +485,11 @@ def _no_pass(item: object) -> RecipeError:
         where="passes",
         seen=f"the class {item.__name__}" if isinstance(item, type) else repr(item),
         expected="a Pass object, such as FoldBatchNorm(), or its text",
-        next_step="add the parentheses" if isinstance(item, type) else "pass a Pass object",
+        next_step="add the parentheses"
+        if isinstance(item, type)
+        else "call it: add the parentheses"
+        if callable(item)
+        else "pass a Pass object",
     )
 
 
@@ -485,6 +504,8 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
     if calibration is not None:
         for batch in calibration:
             args, kwargs = as_call(batch, "calibration batch 0")
+            if isinstance(model, nn.Module):
+                _check_first_batch(model, args, kwargs)
             return tuple(args), dict(kwargs)
         reject_empty()
     if isinstance(model, ExportedProgram):
@@ -495,6 +516,20 @@ def find_inputs(model: object, example_inputs: Any, calibration: Iterable[Any] |
     if isinstance(dummy, (Mapping, tuple, list, torch.Tensor)):
         return normalize_inputs(dummy)
     return None
+
+
+def _check_first_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        check_call(model, args, kwargs)
+    except InputError as error:
+        labels = not kwargs and len(args) > len(argument_names(model)) > 0
+        raise CalibrationError(
+            error.what.replace("The example inputs do", "The calibration batches do"),
+            where="calibration batch 0",
+            seen=error.seen,
+            expected=error.expected,
+            next_step=LABELS_HINT if labels else error.next_step,
+        ) from None
 
 
 def open_data(calibration: Any, model: object, source: object) -> Any:

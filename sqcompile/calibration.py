@@ -11,6 +11,9 @@ import torch
 from sqcompile.errors import CalibrationError, InputError
 from sqcompile.signature import Signature
 
+LABELS_HINT = "a loader that also gives labels: pass calibration=[batch[0] for batch in loader]"
+"""The next step where a batch holds more than the model takes."""
+
 _MASK = "attention_mask"
 
 
@@ -76,7 +79,7 @@ class Calibration:
         except InputError as error:
             next_step = error.next_step
             if not kwargs and len(args) > len(self.signature.tensor_inputs):
-                next_step = "a loader that also gives labels: pass (batch[0] for batch in loader)"
+                next_step = LABELS_HINT
             raise CalibrationError(
                 f"A calibration batch does not fit the model. {error.what}",
                 where=f"{where}, {error.where}",
@@ -157,11 +160,11 @@ def check_data(leaf: Any, where: str) -> None:
             next_step="drop empty batches",
         )
     if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-        bad = int((~torch.isfinite(leaf)).sum())
+        places = (~torch.isfinite(leaf)).nonzero()
         raise CalibrationError(
             "Calibration data holds NaN or infinity.",
             where=where,
-            seen=f"{bad} of {leaf.numel()} values are not finite",
+            seen=f"{len(places)} of {leaf.numel()} values are not finite, the first at {places[0].tolist()}",
             expected="finite values",
             next_step="clean the data, or drop the batch",
         )

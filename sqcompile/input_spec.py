@@ -112,16 +112,19 @@ def with_dims(shapes: Any, inputs: Sequence[str]) -> Any:
     """Return dynamic shapes as torch.export takes them: names become `Dim`s, other inputs stay fixed.
 
     Args:
-        shapes: Input -> axis -> name or `Dim`; any other form is returned as it is.
+        shapes: Input -> axis -> name or `Dim`, or such for each input in order; any other form is returned as it is.
         inputs: Names of all inputs of the call.
 
     Raises:
         InputError: If an input does not exist.
     """
+    given = shapes
+    if isinstance(shapes, (list, tuple)) and len(shapes) <= len(inputs):
+        shapes = dict(zip(inputs, shapes, strict=False))
     if not isinstance(shapes, Mapping) or not any(
         isinstance(dim, str) for axes in shapes.values() if isinstance(axes, Mapping) for dim in axes.values()
     ):
-        return shapes
+        return given
     for name in shapes:
         if name not in inputs:
             raise InputError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from sqcompile.errors import FileError, TraceError, did_you_mean
 from sqcompile.files import require_file
 from sqcompile.modules import failing_line, import_module
 from sqcompile.program import Program
+from sqcompile.signature import Signature
 
 
 def load_model(model: Any, *, weights: bool = True) -> Any:
@@ -41,9 +43,7 @@ def load_model(model: Any, *, weights: bool = True) -> Any:
             where="model",
             seen=f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__,
             expected="a torch.nn.Module, ExportedProgram, GraphModule, a Hugging Face folder or a .pt2 file",
-            next_step="make an instance of it, and call eval()"
-            if isinstance(model, type)
-            else "wrap the function in an nn.Module",
+            next_step=_how_to_get_a_module(model),
         )
     if model.training and any(_acts_in_training(module) for module in model.modules()):
         raise TraceError(
@@ -81,6 +81,19 @@ def folder_dynamic_shapes(model: nn.Module, inputs: tuple[tuple[Any, ...], dict[
         else:
             shapes[name] = {0: batch} if value.dim() else None
     return shapes
+
+
+def _how_to_get_a_module(given: Any) -> str:
+    """Return a next step for what was given as a model and is none."""
+    if isinstance(given, type):
+        return "make an instance of it, and call eval()"
+    if isinstance(given, Mapping):
+        return "that looks like weights: make the module that they belong to, and call its load_state_dict"
+    if isinstance(getattr(given, "signature", None), Signature) or hasattr(given, "artifact"):
+        return "compile the model that it was made from, with all passes; a compiled one keeps its graph in .program"
+    if callable(given):
+        return "wrap the function in an nn.Module"
+    return "pass the module itself"
 
 
 def _load_path(source: str | Path, weights: bool) -> Any:
@@ -215,6 +228,15 @@ def _call_factory(text: str) -> Any:
             expected="a function without arguments that returns a torch.nn.Module",
             next_step=_factories(module, name),
         )
+    missing = _arguments_needed(factory)
+    if missing:
+        raise TraceError(
+            f"'{name}' in '{location}' needs arguments.",
+            where=_definition(factory, location),
+            seen=f"{name}({', '.join(missing)})",
+            expected="a function without arguments that returns a torch.nn.Module",
+            next_step=f"write one that calls it: def make(): return {name}({missing[0]}=…), and name {location}:make",
+        )
     try:
         model = factory()
     except Exception as error:
@@ -225,7 +247,31 @@ def _call_factory(text: str) -> Any:
             expected="a function without arguments that returns a torch.nn.Module",
             next_step=f"call {name}() in Python, and correct it",
         ) from error
+    if not isinstance(model, (nn.Module, Program, ExportedProgram)):
+        raise TraceError(
+            f"'{name}' in '{location}' returns no model.",
+            where=_definition(factory, location),
+            seen=f"it returned {'None' if model is None else type(model).__name__}",
+            expected="a torch.nn.Module",
+            next_step="end it with a return of the module" if model is None else _how_to_get_a_module(model),
+        )
     return model.eval() if isinstance(model, nn.Module) else model
+
+
+def _arguments_needed(factory: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [item.name for item in parameters if item.default is item.empty and item.kind not in optional]
+
+
+def _definition(factory: Callable[..., Any], location: str) -> str:
+    """Return the line of the user's file where a function or class begins, as `file.py:41`."""
+    code = getattr(inspect.unwrap(factory), "__code__", None)
+    return location if code is None else f"{location}:{code.co_firstlineno}"
 
 
 def _acts_in_training(module: nn.Module) -> bool:

@@ -145,6 +145,17 @@ class TestInputs:
         found = made(pair=pair, x=data(3, 4))
         assert list(found) == ["total", "parts"] and torch.equal(found["parts"][1], expected["parts"][1])
 
+    def test_calibration_with_labels(self) -> None:
+        batches = [(data(2, 8), torch.arange(2))]
+        error = refused(CalibrationError, seeded(Mlp), (), None, batches)
+        assert error.where == "calibration batch 0"
+        assert "batch[0] for batch in loader" in str(error.next_step)
+        assert compiled(seeded(Mlp), [], calibration=[batch[0] for batch in batches])
+
+    def test_a_pipeline_that_was_not_called(self) -> None:
+        error = refused(RecipeError, seeded(Mlp), [sqcompile.passes.pipelines.int8_static], data(2, 8))
+        assert "parentheses" in str(error.next_step)
+
     @pytest.mark.parametrize("calibration", [data(2, 8), {"x": data(2, 8)}, 3])
     def test_calibration_that_is_no_collection(self, calibration: Any) -> None:
         refused(CalibrationError, seeded(Mlp), (), None, calibration)

@@ -169,7 +169,7 @@ class TestMistakes:
     def test_how_many_values_are_not_finite(self) -> None:
         bad = data(2, 8)
         bad[0, :3] = torch.nan
-        assert refused([bad]).seen == "3 of 16 values are not finite"
+        assert refused([bad]).seen == "3 of 16 values are not finite, the first at [0, 0]"
 
     def test_empty_batches(self) -> None:
         with pytest.raises(CalibrationError, match="A calibration batch is empty") as caught:

@@ -49,6 +49,12 @@ def test_names_become_shared_dims_and_other_inputs_stay_fixed() -> None:
     assert shapes["z"] is None
 
 
+def test_names_may_stand_in_the_order_of_the_inputs() -> None:
+    shapes = with_dims([{0: "batch"}, None, {1: "batch"}], ["x", "y", "z"])
+    assert shapes["x"][0] is shapes["z"][1]
+    assert list(shapes) == ["x", "y", "z"] and shapes["y"] is None
+
+
 def test_other_forms_of_dynamic_shapes_are_left_alone() -> None:
     for given in (None, ({0: torch.export.Dim("n")},), {"x": {0: torch.export.Dim("n")}}, {"x": None}):
         assert with_dims(given, ["x", "y"]) is given

@@ -11,6 +11,7 @@ import torch
 from support.programs import Mlp, data, mlp, seeded
 from torch import nn
 
+from sqcompile.backends.reference import ReferenceSession
 from sqcompile.errors import Error, FileError, TraceError
 from sqcompile.models import folder_dynamic_shapes, load_model, model_name
 from sqcompile.program import Program
@@ -56,6 +57,19 @@ class TestModules:
         if isinstance(model, type):
             assert error.seen == "the class Mlp" and "instance" in str(error.next_step)
 
+    @pytest.mark.parametrize(
+        ("model", "hint"),
+        [
+            (torch.relu, "wrap the function"),
+            (None, "pass the module"),
+            (seeded(Mlp).state_dict(), "load_state_dict"),
+            (ReferenceSession(mlp()), "that it was made from"),
+        ],
+        ids=["function", "none", "weights", "session"],
+    )
+    def test_what_is_no_model_has_its_own_next_step(self, model: Any, hint: str) -> None:
+        assert hint in str(refused(model, TraceError).next_step)
+
     def test_name(self) -> None:
         assert model_name(seeded(Mlp)) == "Mlp"
         assert model_name(seeded(Mlp), "nets.py:mlp") == "Mlp"
@@ -96,6 +110,8 @@ class TestFactories:
             "def fails():\n    return 1 / 0\n"
             "def nothing():\n    return None\n"
             "number = 3\n"
+            "def sized(width, depth=2):\n    return nn.Linear(width, depth)\n"
+            "def weights():\n    return make().state_dict()\n"
         )
         return path
 
@@ -116,7 +132,16 @@ class TestFactories:
         assert str(error.where).endswith(".py:5") and "ZeroDivisionError" in str(error.seen)
 
     def test_that_makes_no_model(self, file: Path) -> None:
-        assert refused(f"{file}:nothing", TraceError).seen == "NoneType"
+        error = refused(f"{file}:nothing", TraceError)
+        assert error.seen == "it returned None" and str(error.where).endswith(".py:6")
+        assert "return" in str(error.next_step)
+        error = refused(f"{file}:weights", TraceError)
+        assert error.seen == "it returned OrderedDict" and "load_state_dict" in str(error.next_step)
+
+    def test_that_needs_arguments(self, file: Path) -> None:
+        error = refused(f"{file}:sized", TraceError)
+        assert error.seen == "sized(width)" and str(error.where).endswith(".py:9")
+        assert "def make(): return sized(width=…)" in str(error.next_step)
 
     def test_modules_that_are_missing(self, tmp_path: Path) -> None:
         refused("no_such_package.module:make", FileError)

@@ -53,6 +53,14 @@ _REASONS: tuple[tuple[str, tuple[str, str | None, str]], ...] = (
         ),
     ),
     (
+        r"LinearPackedParams|ConvPackedParams|torch\.classes\.quantized|quantized::",
+        (
+            "The model is quantized already, by torch.ao.",
+            "a model in floating point; quantizing it is what passes are for",
+            "pass the model as it was before; or what torch.export made of a quantized one (pt2e), which is read",
+        ),
+    ),
+    (
         r"at least two devices|Unhandled FakeTensor Device Propagation",
         (
             "The model's tensors lie on different devices.",
@@ -184,10 +192,19 @@ def _explain_constraint(text: str, names: str, where: str | None) -> Error:
             where=where or "dynamic_shapes",
             seen=f"always {fixed.group(2)}",
             expected="code that takes any size",
-            next_step="leave the dimension out of dynamic_shapes, or remove what fixes it: "
-            "a layer of that size, a Python loop over it, a recurrent layer",
+            next_step="leave the dimension out of dynamic_shapes, or remove what fixes it: a layer of that size, "
+            "a Python loop over it, a recurrent layer; or another input that shares it and is not declared",
         )
-    suggestion = re.search(r"Suggested fixes:\n((?:\s+.*\n?)+)", text)
+    equal = re.search(r"The values of (\w+) = .* and (\w+) = .* must always be equal", details)
+    if equal:
+        return InputError(
+            f"Two dimensions are always equal: '{equal.group(1)}' and '{equal.group(2)}'.",
+            where=where or "dynamic_shapes",
+            seen=details.rstrip("."),
+            expected="one name for dimensions that are one size",
+            next_step=f"write '{equal.group(2)}' in both places",
+        )
+    suggestion = re.search(r"Suggested fixes:\n((?:[ \t]+.*\n?)+)", text)
     return InputError(
         f"The model does not take every size that dynamic_shapes allows for '{names}'.",
         where=where or "dynamic_shapes",

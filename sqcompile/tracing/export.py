@@ -22,6 +22,7 @@ from sqcompile.tracing.inputs import (
     Inputs,
     argument_names,
     check_call,
+    check_dynamic_shapes,
     check_weights,
     enlarge_dynamic_sizes,
     normalize_inputs,
@@ -90,6 +91,7 @@ def trace(
     register_containers(inputs, model)
     names = argument_names(model)
     inputs = enlarge_dynamic_sizes(inputs, names, dynamic_shapes)
+    check_dynamic_shapes(inputs, names, dynamic_shapes)
     exported = _export(model, inputs, dynamic_shapes)
     return from_exported_program(exported, arg_names=names, dynamic_shapes=dynamic_shapes)
 

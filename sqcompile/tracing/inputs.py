@@ -153,6 +153,61 @@ def enlarge_dynamic_sizes(inputs: Inputs, names: Sequence[str], dynamic_shapes: 
     return args, kwargs
 
 
+def check_dynamic_shapes(inputs: Inputs, names: Sequence[str], dynamic_shapes: Any) -> None:
+    """Check what torch.export says nothing useful about: forms, axes that are not there, and sizes that differ.
+
+    Args:
+        inputs: The examples.
+        names: The model's parameter names, in order.
+        dynamic_shapes: As torch.export takes it.
+
+    Raises:
+        InputError: If a tensor has no such axis, or a dimension has two sizes in the examples, or one out of range.
+    """
+    if not isinstance(dynamic_shapes, (Mapping, tuple, list, type(None))):
+        raise InputError(
+            "dynamic_shapes has a form that nothing can be read from.",
+            where="dynamic_shapes",
+            seen=repr(dynamic_shapes),
+            expected="axes and names of the dimensions of each input",
+            next_step='write {"x": {0: "batch"}} for the first dimension of input x',
+        )
+    leaves, spec = pytree.tree_flatten(inputs)
+    sizes: dict[str, tuple[int, int, int]] = {}
+    for index, (leaf, dims) in enumerate(zip(leaves, dynamic_axes(spec, names, dynamic_shapes), strict=True)):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        for axis, dim in dims.items():
+            if not -leaf.dim() <= axis < leaf.dim():
+                raise InputError(
+                    "dynamic_shapes names an axis that the input has not.",
+                    where=f"dynamic_shapes, tensor {index}",
+                    seen=f"axis {axis} of a tensor of shape {tuple(leaf.shape)}",
+                    expected=f"0 to {leaf.dim() - 1}",
+                    next_step="count axes from 0",
+                )
+            if type(dim) is not Dim:
+                continue
+            here = (leaf.shape[axis], index, axis)
+            if not dim.min <= here[0] <= dim.max:
+                raise InputError(
+                    f"The example has a size that dimension '{dim.__name__}' does not allow.",
+                    where=f"dynamic_shapes, tensor {index}, axis {axis}",
+                    seen=here[0],
+                    expected=f"{dim.min} to {dim.max}",
+                    next_step="give the dimension a wider range, or pass an example within it",
+                )
+            other = sizes.setdefault(dim.__name__, here)
+            if other[0] != here[0]:
+                raise InputError(
+                    f"Dimension '{dim.__name__}' has two sizes in the examples.",
+                    where="dynamic_shapes",
+                    seen=f"{other[0]} (tensor {other[1]}, axis {other[2]}) and {here[0]} (tensor {index}, axis {axis})",
+                    expected="one size for one name",
+                    next_step="give the dimensions different names, or correct the examples",
+                )
+
+
 def dynamic_axes(spec: pytree.TreeSpec, names: Sequence[str], dynamic_shapes: Any) -> list[dict[int, Any]]:
     """Return, for each leaf of `(args, kwargs)`, what `dynamic_shapes` says of each axis.
 

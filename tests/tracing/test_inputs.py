@@ -245,3 +245,37 @@ def test_a_slice_of_a_larger_tensor_is_an_example_like_any_other() -> None:
     shapes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}}
     program = sqcompile.trace(Sums(), rows[:2, :6], dynamic_shapes=shapes)
     assert torch.equal(program(rows), Sums()(rows))  # with the size that is the slice's stride
+
+
+@pytest.mark.parametrize(
+    ("shapes", "what", "seen"),
+    [
+        (True, "has a form", "True"),
+        ({"input": {2: Dim("n")}}, "names an axis", "axis 2 of a tensor of shape (3, 4)"),
+        (
+            {"x": {0: Dim("n"), 1: Dim("n")}},
+            "'n' has two sizes",
+            "3 (tensor 0, axis 0) and 4 (tensor 0, axis 1)",
+        ),
+        ({"input": {1: Dim("n", max=3)}}, "'n' does not allow", "4"),
+    ],
+    ids=["form", "axis", "two-sizes", "range"],
+)
+def test_dynamic_shapes_that_the_examples_contradict(shapes: object, what: str, seen: str) -> None:
+    with pytest.raises(InputError, match=what) as caught:
+        sqcompile.trace(nn.ReLU(), (torch.ones(3, 4),), dynamic_shapes=shapes)
+    assert caught.value.seen == seen
+    assert caught.value.next_step
+
+
+def test_dimensions_that_are_always_one_size_want_one_name() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    shapes = {"x": {0: Dim("rows")}, "y": {0: Dim("lines")}}
+    with pytest.raises(InputError, match="always equal") as caught:
+        sqcompile.trace(Adds(), (torch.ones(3, 4), torch.ones(3, 4)), dynamic_shapes=shapes)
+    assert caught.value.next_step == "write 'rows' in both places"
+    assert "export" not in str(caught.value)
+    sqcompile.trace(Adds(), (torch.ones(3, 4),) * 2, dynamic_shapes={name: {0: Dim("rows")} for name in "xy"})
