@@ -141,6 +141,9 @@ class Pass(ABC):
             PassContractError: If an option has no type, or another pass has the name already.
         """
         super().__init_subclass__(**kwargs)
+        for name in _CLASS_VARIABLES & inspect.get_annotations(cls).keys():
+            del cls.__annotations__[name]  # `keeps: Keeps = …` is typed with care, and no option
+        _check_class_variables(cls)
         _check_options(cls)
         check = getattr(cls, "__post_init__", None)
 
@@ -148,18 +151,29 @@ class Pass(ABC):
             from sqcompile.pipeline.text import read_options
 
             read_options(self)
-            if check is not None:
-                check(self)
+            found = check(self) if check is not None else None
+            if isinstance(found, Exception):
+                raise found  # `return self.reject_option(…)`, which was meant to be heard
 
         cls.__post_init__ = read_then_check  # type: ignore[attr-defined]
         # Applied here and not by a decorator, because a decorator gets forgotten, and then a pass
         # silently has no options.
         dataclass(frozen=True, kw_only=True)(cls)
+        # `Pass` refuses as these do; beside them, who writes the decorator all the same would get a TypeError.
+        del cls.__setattr__, cls.__delattr__
         if "name" not in cls.__dict__:
             cls.name = text_name(cls.__name__)
         abstract = getattr(cls.run, "__isabstractmethod__", False)
         if register and not abstract and "<locals>" not in cls.__qualname__:
             _register(cls)
+
+    if not TYPE_CHECKING:  # type checkers know from `dataclass_transform` that passes are frozen
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+        def __delattr__(self, name: str) -> None:
+            raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -191,16 +205,60 @@ class Pass(ABC):
 def _check_options(kind: type[Pass]) -> None:
     """Refuse class attributes that look like options and are none, for want of an annotation."""
     annotated = inspect.get_annotations(kind)
+    place = f"class {kind.__module__}.{kind.__qualname__}"
+    if "__init__" in vars(kind):
+        raise PassContractError(
+            f"The pass {kind.__name__} has an __init__ of its own.",
+            where=place,
+            seen="def __init__",
+            expected="options as annotated fields, which recipes and the command line can read: ratio: float = 0.5",
+            next_step="turn its parameters into fields; checks of their values go into __post_init__",
+        )
+    for name in annotated:
+        value = vars(kind).get(name)
+        if isinstance(value, torch.Tensor) or (type(value).__hash__ is None and not callable(value)):
+            raise PassContractError(
+                f"The default of the option '{name}' of {kind.__name__} can be written into.",
+                where=place,
+                seen=f"{name} = {value!r}",
+                expected="a value that stays as it is: a number, a text, a tuple, a frozen dataclass",
+                next_step="write a list as a tuple: layers: tuple[str, ...] = (); a table as a tuple of pairs",
+            )
     for name, value in vars(kind).items():
         plain = not callable(value) and not isinstance(value, (property, classmethod, staticmethod))
         if name.startswith("_") or not plain or name in annotated or name in _CLASS_VARIABLES:
             continue
         raise PassContractError(
             f"'{name}' of the pass {kind.__name__} has no type.",
-            where=f"class {kind.__module__}.{kind.__qualname__}",
+            where=place,
             seen=f"{name} = {value!r}",
             expected=f"{name}: {type(value).__name__} = …",
             next_step="annotate it as an option, or as ClassVar if it is none",
+        )
+
+
+def _check_class_variables(kind: type[Pass]) -> None:
+    """Refuse what is of another type than it has to be, before something far away depends on it."""
+    examples = {
+        "requires": (Level, "requires = Level.ATEN"),
+        "produces": (Level, "produces = Level.QDQ"),
+        "keeps": (Keeps, "keeps = Keeps.close(rtol=1e-5)"),
+        "changes_interface": (bool, "changes_interface = True"),
+        "local": (bool, "local = True"),
+        "name": (str, "name = 'replace-silu'"),
+    }
+    for name, (wanted, example) in examples.items():
+        value = vars(kind).get(name)
+        if name not in vars(kind) or isinstance(value, property):  # which depends on the options
+            continue
+        if isinstance(value, wanted) and (name != "name" or re.fullmatch(r"[A-Za-z0-9.+-]+", value)):
+            continue
+        raise PassContractError(
+            f"'{name}' of the pass {kind.__name__} is not what it has to be.",
+            where=f"class {kind.__module__}.{kind.__qualname__}",
+            seen=f"{name} = {value!r}",
+            expected="letters, digits and dashes" if isinstance(value, wanted) else wanted.__name__,
+            next_step=f"write {example}",
         )
 
 
@@ -234,7 +292,7 @@ def _is_redefinition(old: type[Pass], new: type[Pass]) -> bool:
 def text_name(class_name: str) -> str:
     """Return the text form of a class name: `FoldQDQ` is `fold-qdq`."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", class_name)
-    return spaced.lower()
+    return spaced.lower().strip("_").replace("_", "-")
 
 
 def option_fields(kind: type[Pass]) -> tuple[dataclasses.Field[Any], ...]:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -216,9 +216,7 @@ class PassManager:
                 f"Pass {item.name} failed." if item else "The checks after the last pass failed.",
                 seen=type(error).__name__ + (f": {text}" if text else ""),
                 expected="a pass raises sqcompile.Error for input that it cannot take, and nothing else",
-                next_step="correct the pass; the whole traceback: --debug, or the error's __cause__"
-                if item is not None and not _is_ours(item)
-                else "this is a mistake in the pass; please report it with the dumped graph",
+                next_step=_advice(item, error),
             )
             self._explain(wrapped, own_line(item, error), item, program, records, tensors)
             raise wrapped from error
@@ -277,6 +275,14 @@ def own_line(item: Pass | None, error: BaseException) -> str:
             found = f"{os.path.basename(file)}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found
+
+
+def _advice(item: Pass | None, error: Exception) -> str:
+    if item is None or _is_ours(item):
+        return "this is a mistake in the pass; please report it with the dumped graph"
+    if isinstance(error, FrozenInstanceError):
+        return "a pass holds no state: use local variables, and PassResult(facts=…) for figures in the report"
+    return "correct the pass; the whole traceback: --debug, or the error's __cause__"
 
 
 def _is_ours(item: Pass) -> bool:
@@ -387,5 +393,6 @@ def _check_report(item: Pass, result: PassResult, changed: bool) -> None:
         expected="0 changes if and only if the program is untouched",
         next_step="count the rewrites: Rewriter.finish() returns their number"
         if changed
-        else "count only what stays: replace users of the new node; Rewriter.discard takes back a call that was a trial",
+        else "count only what stays: let users of the old node take the new one; Rewriter.discard takes back a "
+        "call that was a trial",
     )

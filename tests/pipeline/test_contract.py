@@ -93,14 +93,93 @@ class TestOptions:
         assert error.seen == "ratio=2.0" and error.expected == "0 to 1" and error.where == "pass probe"
         assert "sqcompile passes probe" in str(error.next_step)
 
-    def test_mutable_defaults_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="mutable default"):
+    @pytest.mark.parametrize(
+        "default", [[], {}, set(), torch.zeros(2)], ids=["list", "dict", "set", "tensor"]
+    )
+    def test_mutable_defaults_are_refused(self, default: object) -> None:
+        with pytest.raises(PassContractError, match="default of the option 'layers' of Mutable") as caught:
 
             class Mutable(Pass):
-                layers: list[str] = []  # noqa: RUF012
+                layers: Any = default
 
                 def run(self, program: Program, context: PassContext) -> PassResult:
                     return PassResult()
+
+        assert "tuple" in str(caught.value.next_step)
+
+    def test_an_init_of_its_own_is_refused(self) -> None:
+        with pytest.raises(PassContractError, match="Built has an __init__ of its own") as caught:
+
+            class Built(Pass):
+                def __init__(self, ratio: float) -> None: ...
+
+                def run(self, program: Program, context: PassContext) -> PassResult:
+                    return PassResult()
+
+        assert "ratio: float" in str(caught.value.expected)
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_a_decorator_all_the_same_does_no_harm(self, frozen: bool) -> None:
+        @dataclasses.dataclass(frozen=frozen)
+        class Decorated(Pass):
+            ratio: float = 0.5
+
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                return PassResult()
+
+        item = Decorated(ratio=0.25)
+        assert str(item) == "decorated{ratio=0.25}"
+        assert item == Decorated(ratio=0.25) != Decorated() and hash(item) == hash(Decorated(ratio=0.25))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            item.ratio = 0.75  # type: ignore[misc]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            del item.ratio
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("requires", "aten"),
+            ("produces", "qdq"),
+            ("keeps", "bitwise"),
+            ("keeps", Keeps.bitwise),
+            ("changes_interface", "no"),
+            ("name", "replace silu"),
+            ("name", "replace_silu"),
+        ],
+        ids=["requires", "produces", "keeps", "uncalled", "changes", "spaced", "underscored"],
+    )
+    def test_class_variables_of_another_type_are_refused(self, name: str, value: object) -> None:
+        """They would fail far away: a level that is a text equals no level, and prints as one."""
+        body = {name: value, "run": Probe.run, "__module__": __name__, "__qualname__": "f.<locals>.Wrong"}
+        with pytest.raises(PassContractError, match=f"'{name}' of the pass Wrong is not what"):
+            types.new_class("Wrong", (Pass,), exec_body=lambda namespace: namespace.update(body))
+
+    def test_annotated_class_variables_are_no_options(self) -> None:
+        class Typed(Pass):
+            name: str = "well-typed"
+            requires: Level = Level.QDQ
+            keeps: Keeps = Keeps.bitwise()
+            ratio: float = 0.5
+
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                return PassResult()
+
+        assert [field.name for field in option_fields(Typed)] == ["ratio"]
+        assert str(Typed()) == "well-typed" and Typed.requires is Level.QDQ
+
+    def test_an_error_that_is_returned_and_not_raised(self) -> None:
+        class Quiet(Pass):
+            ratio: float = 0.5
+
+            def __post_init__(self) -> PassOptionError | None:
+                return self.reject_option("ratio", "0 to 1") if self.ratio > 1 else None
+
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                return PassResult()
+
+        with pytest.raises(PassOptionError, match="'ratio' of quiet"):
+            Quiet(ratio=2.0)
+        assert Quiet(ratio=0.75).ratio == 0.75
 
 
 @pytest.mark.parametrize(
@@ -109,6 +188,7 @@ class TestOptions:
         ("FoldBatchNorm", "fold-batch-norm"),
         ("FoldQDQ", "fold-qdq"),
         ("QDQFold", "qdq-fold"),
+        ("My_Pass", "my-pass"),
         ("GPTQ", "gptq"),
         ("MaskWeights2x4", "mask-weights2x4"),
         ("Wanda", "wanda"),

@@ -446,6 +446,16 @@ class TestCatching:
             caught.value.seen
         )
 
+    def test_a_pass_that_keeps_state(self) -> None:
+        class Stateful(Pass):
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                self.seen = 1  # type: ignore[attr-defined]
+                return PassResult()
+
+        with pytest.raises(PassError) as caught:
+            run([Stateful()])
+        assert "holds no state" in str(caught.value.next_step)
+
     def test_an_assertion_without_text(self) -> None:
         def asserts(program: Program, context: PassContext) -> int:
             raise AssertionError
