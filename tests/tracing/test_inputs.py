@@ -253,7 +253,7 @@ def test_a_slice_of_a_larger_tensor_is_an_example_like_any_other() -> None:
         (True, "has a form", "True"),
         ({"input": {2: Dim("n")}}, "names an axis", "axis 2 of a tensor of shape (3, 4)"),
         (
-            {"x": {0: Dim("n"), 1: Dim("n")}},
+            {"input": {0: Dim("n"), 1: Dim("n")}},
             "'n' has two sizes",
             "3 (tensor 0, axis 0) and 4 (tensor 0, axis 1)",
         ),

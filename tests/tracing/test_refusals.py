@@ -190,7 +190,8 @@ def test_the_cause_is_kept_for_who_wants_it() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_models_that_torch_ao_has_quantized() -> None:
-    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)).eval(), {nn.Linear})
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)).eval(), {nn.Linear})
     with pytest.raises(TraceError, match=r"quantized already, by torch\.ao") as caught:
         sqcompile.trace(model, (torch.ones(2, 8),))
     assert "before" in str(caught.value.next_step)
