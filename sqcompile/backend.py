@@ -37,6 +37,9 @@ class Session(ABC):
 
     signature: Signature
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.signature}>"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run with the model's own call and output structure.
 
@@ -140,6 +143,10 @@ class Artifact(ABC):
     notes: Sequence[str] = ()
     choices: Mapping[str, LayerChoice] = MappingProxyType({})
 
+    def __repr__(self) -> str:
+        # Not its size, for which some are written first.
+        return f"<{type(self).__name__}: {self.suffix}>"
+
     @property
     @abstractmethod
     def size_bytes(self) -> int:
@@ -178,6 +185,9 @@ class Backend(ABC):
     """Turns programs into artifacts and artifacts into sessions."""
 
     name: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.name}>"
 
     @abstractmethod
     def supports(self, program: Program, node: fx.Node) -> str | None:

@@ -253,6 +253,11 @@ class Program:
 
     __str__ = text
 
+    def __repr__(self) -> str:
+        count = sum(1 for _ in self.compute_nodes())
+        operators = f"{count} operator" + ("" if count == 1 else "s")
+        return f"<Program: {self.signature}, {operators}, level {self.level}>"
+
     def fingerprint(self, *, content: bool = False) -> str:
         """Return a hash of everything that a program is; see `sqcompile.fingerprint`."""
         from sqcompile.fingerprint import fingerprint

@@ -256,6 +256,13 @@ class Report:
 
         print_report(self, console)
 
+    def __repr__(self) -> str:
+        from sqcompile.report_tables import size_text
+
+        apart = "" if self.output_distance is None else f", {self.output_distance}"
+        sizes = f"{size_text(self.original.size_bytes)} -> {size_text(self.size.size_bytes)}"
+        return f"<Report on {self.model}: {self.backend}, weights {sizes}{apart}>"
+
     def __str__(self) -> str:
         from rich.console import Console
 

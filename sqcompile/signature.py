@@ -84,6 +84,10 @@ class Signature:
     dims: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     provenance: Mapping[str, Any] | None = field(default=None, compare=False)
 
+    def __str__(self) -> str:
+        inputs, outputs = (", ".join(map(str, values)) for values in (self.inputs, self.outputs))
+        return f"({inputs}) -> ({outputs})"
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flatten one call's arguments into the order of the inputs, checking every leaf.
 

@@ -447,3 +447,37 @@ class TestSizes:
         with pytest.raises(InputError, match="is no size") as caught:
             parse_bytes(text)
         assert caught.value.where and caught.value.seen and caught.value.expected and caught.value.next_step
+
+
+class TestRepr:
+    """What an interactive session shows of each public object: short, true, and known without work."""
+
+    def test_no_public_object_shows_an_address(self) -> None:
+        for name in sqcompile.__all__:
+            item = getattr(sqcompile, name)
+            if isinstance(item, type) and item is not Pass:  # each pass is a dataclass of its own
+                assert item.__repr__ is not object.__repr__, name
+        assert repr(Count()) == "Count()"
+
+    def test_compiled_objects(self, tmp_path: Path) -> None:
+        x = data(2, 4)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+        lazy = sqcompile.compile(net, "quantize-weights", backend="native")
+        assert repr(lazy) == "<LazyCompiled Sequential: compiled at its first call>"
+        lazy(x)
+        made = sqcompile.compile(net, "quantize-weights", (x,), backend="native")
+        assert isinstance(made, Compiled)
+        shown = repr(made)
+        assert shown.startswith("<Compiled Sequential: native, 2 layers, ")
+        assert repr(lazy) == f"<LazyCompiled: {shown}>"
+        size_bytes = made.save(tmp_path / "net.sqm")[0].stat().st_size
+        assert shown.endswith(f", {size_bytes / 1000:.2f} kB>")
+        interface = "(input: f32[2, 4]) -> (output: f32[2, 3])"
+        assert repr(made.session) == f"<NativeSession: {interface}>"
+        assert repr(made.artifact) == "<NativeArtifact: .sqm>" and repr(made.backend) == "<Backend native>"
+        operators = len(list(made.program.compute_nodes()))
+        assert repr(made.program) == f"<Program: {interface}, {operators} operators, level qdq>"
+        report = repr(made.report)
+        assert report.startswith("<Report on Sequential: native, weights 268 B -> ") and "SQNR" in report
+        single = compiled(nn.Linear(4, 2), (), (x,))
+        assert "1 layer, " in repr(single) and "1 operator, " in repr(single.program)
