@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from sqcompile.errors import Error
 from sqcompile.program import Program
 from sqcompile.signature import describe_type
 from sqcompile.text import rename_symbols
@@ -53,8 +55,26 @@ def _infer(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
     # With the dispatcher that torch.export uses, operators such as lstm can be derived on symbolic shapes.
     symbols = mode.shape_env
     fresh = nullcontext() if symbols is None else symbols.ignore_fresh_unbacked_symbols()
-    with mode, enable_python_dispatcher(), torch.no_grad(), fresh:
-        return target(*args, **kwargs)
+    # It also logs what it raises, with a traceback, which the error that is made of it says shorter.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addFilter(_below_error)
+    try:
+        with mode, enable_python_dispatcher(), torch.no_grad(), fresh:
+            return target(*args, **kwargs)
+    finally:
+        logger.removeFilter(_below_error)
+
+
+def _below_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+def misfit(error: Exception) -> tuple[str, str]:
+    """Return what `infer_node` has seen and expected, in one line each, from what it raised."""
+    if isinstance(error, Error) and error.seen and error.expected:
+        return f"{error.what}: {error.seen}", error.expected
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}", "shapes and types that the operator takes"
 
 
 class _UnknownType(Exception):

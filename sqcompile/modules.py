@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from sqcompile.errors import FileError
+from sqcompile.errors import Error, FileError
 from sqcompile.files import require_file
 
 
@@ -25,6 +25,15 @@ def import_module(location: str) -> ModuleType:
         return _import_file(Path(location)) if location.endswith(".py") else _import_name(location)
     except FileError:
         raise
+    except Error as error:
+        line = failing_line(error, location)
+        raise FileError(
+            f"'{location}' cannot be imported. {error.what}",
+            where=f"{line}, {error.where}" if error.where else line,
+            seen=error.seen,
+            expected=error.expected,
+            next_step=error.next_step,
+        ) from error
     except (Exception, SystemExit) as error:
         raise FileError(
             f"'{location}' cannot be imported.",

@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from sqcompile.errors import Error, VerifyError
 from sqcompile.fingerprint import tensor_identity
-from sqcompile.infer import fake_mode_of, fake_tensor, infer_node, note_derived
+from sqcompile.infer import fake_mode_of, fake_tensor, infer_node, misfit, note_derived
 from sqcompile.operators.table import argument
 from sqcompile.program import Program
 from sqcompile.text import locate, node_text, operator_name
@@ -190,11 +190,12 @@ class Rewriter:
         except (MemoryError, RecursionError):
             raise
         except Exception as error:
+            seen, expected = misfit(error)
             raise VerifyError(
                 f"The arguments of '{operator_name(node)}' do not fit together.",
                 where=locate(node),
-                seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}; {node_text(node)}",
-                expected="shapes and types that the operator takes",
+                seen=f"{seen}; {node_text(node)}",
+                expected=expected,
                 next_step="check the arguments that the pass gives to the operator",
             ) from error
 

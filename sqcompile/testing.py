@@ -25,10 +25,12 @@ import torch
 from torch import nn
 
 from sqcompile.calibration import Calibration
+from sqcompile.fingerprint import checksum
 from sqcompile.levels import Level
 from sqcompile.pipeline import Pass, PassContext, PassManager, PassRecord, registry
 from sqcompile.pipeline.manager import verify_program
 from sqcompile.program import Program
+from sqcompile.rewrite import has_side_effect
 from sqcompile.text import program_text, text_diff
 from sqcompile.tracing import trace
 from sqcompile.tracing.export import normalize_inputs
@@ -66,8 +68,9 @@ def check_pass(
 
     Checked each time: the program before and after is valid; the change report is honest; the text
     is `expected` exactly; a second run changes nothing; outputs are equal as the pass's `keeps`
-    says, and finite; no tensor of the input program was written to, byte for byte; the same run from the
-    start gives the same program; the pass survives being written as text and read.
+    says, and finite; no tensor of the input program was written to, byte for byte; the pass left no node
+    behind that nothing uses; the same run from the start gives the same program; the pass survives being
+    written as text and read.
 
     Args:
         item: The pass.
@@ -121,11 +124,15 @@ def check_pass(
         reasons = [str(remark) for remark in record.remarks]
         assert any(part in reason for reason in reasons), f"no remark holds {part!r}; remarks: {reasons}"
     _check_text(item)
+    left = _unused(program) - _unused(before)
+    assert not left, (
+        f"the pass leaves what nothing uses: {', '.join(sorted(left))}; end with Rewriter.finish()"
+    )
     repeated = before.snapshot()
     PassManager([item]).run(repeated, replace(context, remarks=[]))
     assert repeated.fingerprint(content=True) == program.fingerprint(content=True), (
         "the same run gives another program; is something random, and not seeded by context.seed?\n"
-        + text_diff(text_after, program_text(repeated))
+        + (text_diff(text_after, program_text(repeated)) or _tensors_apart(program, repeated))
     )
     if idempotent and item.requires is item.produces:
         again = program.snapshot()
@@ -134,6 +141,23 @@ def check_pass(
             f"a second run changes it again:\n{text_diff(text_after, program_text(again))}"
         )
     return CheckedPass(before, program, record)
+
+
+def _unused(program: Program) -> set[str]:
+    """Return the calls whose value nothing uses, and which do nothing else."""
+    return {
+        f"%{node.name}" for node in program.compute_nodes() if not node.users and not has_side_effect(node)
+    }
+
+
+def _tensors_apart(program: Program, other: Program) -> str:
+    theirs = dict(other.tensors())
+    apart = [
+        f"@{name}"
+        for name, tensor in program.tensors()
+        if name not in theirs or checksum(tensor) != checksum(theirs[name])
+    ]
+    return f"tensors with other values: {', '.join(apart)}" if apart else "other records beside the graph"
 
 
 def _check_text(item: Pass) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from sqcompile.infer import infer_node
+import sqcompile.operators  # noqa: F401 - registers our operators
+from sqcompile.errors import InputError
+from sqcompile.infer import infer_node, misfit
 
 aten = torch.ops.aten
 
@@ -66,3 +69,22 @@ def test_two_modes_share_nothing():
     one, other = FakeTensorMode(), FakeTensorMode()
     assert call(one, aten.relu.default, torch.ones(2)).fake_mode is one
     assert call(other, aten.relu.default, torch.ones(2)).fake_mode is other
+
+
+def test_what_does_not_fit_is_raised_and_not_logged(caplog, capfd):
+    """PyTorch logs a traceback of what it raises, which would stand above the error of four parts."""
+    with pytest.raises(RuntimeError, match=r"must match the size|broadcast"):
+        call(FakeTensorMode(), aten.add.Tensor, torch.ones(2, 3), torch.ones(4))
+    with pytest.raises(RuntimeError) as caught:
+        call(FakeTensorMode(), aten.linear.default, torch.ones(2, 3), torch.ones(4, 5))
+    assert not caplog.records and not any(capfd.readouterr())
+    seen, expected = misfit(caught.value)
+    assert seen.startswith("RuntimeError: ") and expected == "shapes and types that the operator takes"
+
+
+def test_what_one_of_our_operators_expects_is_said():
+    weight, mask = torch.ones(2, 3), torch.ones(2, dtype=torch.bool)
+    with pytest.raises(InputError) as caught:
+        call(FakeTensorMode(), torch.ops.sqcompile.mask.default, weight, mask)
+    seen, expected = misfit(caught.value)
+    assert "torch.bool of shape [2]" in seen and expected == "torch.bool of shape [2, 3]"

@@ -65,3 +65,15 @@ def test_missing_files_and_modules_are_named(tmp_path: Path) -> None:
         import_module(str(tmp_path / "nothing.py"))
     with pytest.raises(FileError, match="cannot be imported"):
         import_module("no_such_module_at_all")
+
+
+def test_an_error_of_ours_keeps_its_parts(tmp_path: Path) -> None:
+    """A pass that is wrong as a class fails while its file is imported; the text of one error is enough."""
+    path = tmp_path / "wrong_pass.py"
+    path.write_text("from sqcompile import Pass\n\n\nclass Wrong(Pass):\n    ratio = 0.5\n")
+    with pytest.raises(
+        FileError, match=r"cannot be imported\. 'ratio' of the pass Wrong has no type"
+    ) as caught:
+        import_module(str(path))
+    assert caught.value.where == f"{path}:4, class wrong_pass.Wrong"
+    assert caught.value.expected == "ratio: float = …" and "annotate it" in str(caught.value.next_step)

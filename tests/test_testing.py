@@ -124,7 +124,31 @@ class TestFailing:
             Rewriter(program).replace_tensor(node, torch.randn(program.tensor(node).shape))
             return 1
 
-        self.failing(body, "gives another program")
+        self.failing(body, r"(?s)gives another program.*tensors with other values: @first\.weight$")
+
+    def test_what_nothing_uses_any_more(self) -> None:
+        """A pass that forgets `finish` leaves the old node: it costs time, and no number shows it."""
+
+        def body(program: Program, context: PassContext) -> int:
+            edit = Rewriter(program)
+            (relu,) = (node for node in program.compute_nodes() if node.target is aten.relu.default)
+            with edit.before(relu):
+                edit.replace(relu, edit.call(aten.silu.default, relu.args[0], like=relu))
+            return edit.changes
+
+        self.failing(body, r"leaves what nothing uses: %relu; end with Rewriter\.finish", idempotent=False)
+
+    def test_what_nothing_used_before_is_not_the_passs_fault(self) -> None:
+        class Idle(Pass):
+            def run(self, program: Program, context: PassContext) -> PassResult:
+                return PassResult()
+
+        program = mlp()
+        with program.graph.inserting_before(program.output):
+            dead = program.graph.call_function(aten.neg.default, (program.placeholders[0],))
+        dead.meta["val"] = program.placeholders[0].meta["val"]
+        program.recompile()
+        check_pass(Idle(), program, (data(2, 8),), unchanged=True)
 
     def test_random_numbers_that_are(self) -> None:
         class Random(Pass):

@@ -251,7 +251,7 @@ def _check_class_variables(kind: type[Pass]) -> None:
         value = vars(kind).get(name)
         if name not in vars(kind) or isinstance(value, property):  # which depends on the options
             continue
-        if isinstance(value, wanted) and (name != "name" or re.fullmatch(r"[A-Za-z0-9.+-]+", value)):
+        if isinstance(value, wanted) and (name != "name" or re.fullmatch(r"[A-Za-z0-9.+-]+", str(value))):
             continue
         raise PassContractError(
             f"'{name}' of the pass {kind.__name__} is not what it has to be.",

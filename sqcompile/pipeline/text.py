@@ -71,7 +71,8 @@ def find_pass(name: str) -> type[Pass]:
         where="passes",
         seen=name.strip(),
         expected="the name of a pass or of a pipeline",
-        next_step=did_you_mean(key, [*known, *named_pipelines()]) + " `sqcompile passes` lists all",
+        next_step=did_you_mean(key, [*known, *named_pipelines()])
+        + " `sqcompile passes` lists all; one of your own is known once its file is imported (--import, `imports:`)",
     )
 
 

@@ -13,6 +13,7 @@ from sqcompile.infer import (
     fake_mode_of,
     infer_node,
     is_derived,
+    misfit,
     note_derived,
     same_type,
 )
@@ -244,11 +245,12 @@ def _check_call(node: fx.Node, mode: Any) -> None:
     try:
         derived = infer_node(node, mode)
     except Exception as error:
+        seen, expected = misfit(error)
         raise VerifyError(
             f"The arguments of '{operator_name(node)}' do not fit together.",
             where=locate(node),
-            seen=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            expected="shapes and types that the operator takes",
+            seen=seen,
+            expected=expected,
             next_step="check the shapes that the pass gave to the operator",
         ) from error
     if not same_type(recorded, derived, match_unknown=True):
