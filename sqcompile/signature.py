@@ -213,7 +213,7 @@ class Signature:
                 where=where,
                 seen=seen,
                 expected=str(value),
-                next_step=f"convert it with .to({value.dtype})",
+                next_step=_conversion(leaf.dtype, value.dtype),
             )
         shape = value.shape or ()
         if len(shape) != leaf.dim():
@@ -231,7 +231,8 @@ class Signature:
                     where=f"input '{value.name}', dimension {axis}",
                     seen=seen,
                     expected=str(value),
-                    next_step=f"pass size {expected}, or make the dimension dynamic with dynamic_shapes",
+                    next_step=_channels_first(leaf.shape, shape)
+                    or f"pass size {expected}, or make the dimension dynamic with dynamic_shapes",
                 )
         if value.limit is not None and leaf.numel() and not leaf.is_meta:
             self._check_rows(value, leaf, value.limit)
@@ -439,6 +440,24 @@ def _evaluate(expression: str, sizes: Mapping[str, int]) -> int | None:
         return value(ast.parse(expression, mode="eval").body)
     except (KeyError, SyntaxError, ArithmeticError, RecursionError):
         return None
+
+
+def _conversion(seen: torch.dtype, wanted: torch.dtype | None) -> str:
+    if wanted is not None and wanted.is_floating_point and not seen.is_floating_point:
+        # A byte alone is no number that the model has seen: only its training says what 255 stands for.
+        return f"scale it as in training (images are often divided by 255), and convert it with .to({wanted})"
+    return f"convert it with .to({wanted})"
+
+
+def _channels_first(seen: Sequence[int], expected: Sequence[Dim]) -> str:
+    """Return what to do about data whose channels come last, or nothing if it would not fit then, either."""
+    if len(seen) < 3:
+        return ""
+    moved = (seen[0], seen[-1], *seen[1:-1])
+    if any(isinstance(size, int) and size != found for size, found in zip(expected, moved, strict=True)):
+        return ""
+    order = ", ".join(map(str, (0, len(seen) - 1, *range(1, len(seen) - 1))))
+    return f"the channels come second: pass x.permute({order})"
 
 
 def _describe_leaf(leaf: Any) -> str:

@@ -121,6 +121,26 @@ class TestMistakes:
         assert error.seen == "f64[3, 4]" and error.expected == "x: f32[batch, 4]"
         assert error.next_step == "convert it with .to(torch.float32)"
 
+    def test_bytes_are_not_only_converted(self, signature: Signature) -> None:
+        """A model of images in 0 to 1 answers nonsense for 0 to 255, and nothing would say so."""
+        error = refused(signature, torch.zeros(3, 4, dtype=torch.uint8), pair())
+        assert error.what == "Input 'x' has the wrong type." and error.seen == "u8[3, 4]"
+        assert str(error.next_step).startswith("scale it as in training")
+        assert "divided by 255" in str(error.next_step) and ".to(torch.float32)" in str(error.next_step)
+
+    @pytest.mark.parametrize(
+        ("shape", "told"),
+        [
+            ((2, 8, 6, 3), "pass x.permute(0, 3, 1, 2)"),
+            ((2, 8, 3, 6), "pass size 3, or make"),
+            ((2, 5, 8, 6), "pass size 3, or make"),
+        ],
+    )
+    def test_channels_last(self, shape: tuple[int, ...], told: str) -> None:
+        signature = trace(nn.Conv2d(3, 4, 3), (data(2, 3, 8, 6),)).signature
+        error = refused(signature, data(*shape))
+        assert error.what == "Input 'input' has the wrong size." and told in str(error.next_step)
+
     def test_wrong_rank(self, signature: Signature) -> None:
         error = refused(signature, data(4), pair())
         assert error.what == "Input 'x' has the wrong number of dimensions." and error.seen == "f32[4]"
