@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from sqcompile.backend import Artifact, Backend, Session, backend_names, get_backend
+from sqcompile.backend import Artifact, Backend, Session, backend_names, check_threads, get_backend
 from sqcompile.blocks import find_blocks
 from sqcompile.calibration import LABELS_HINT, Calibration, as_call, keep_iterator, reject_empty
 from sqcompile.compare import LayerDistance, compare_layers
@@ -301,6 +302,7 @@ def _compile(
     check_order(pipeline)
     check_verify(verify)
     check_seed(seed)
+    check_threads(threads)
     memory = parse_bytes(max_memory)
     target = None if backend == "auto" else get_backend(backend)
     by_parts = work_dir is not None and bool(pipeline) and all(item.local for item in pipeline)
@@ -422,6 +424,14 @@ def load(path: str | Path, threads: int | None = None) -> Session:
     Raises:
         FileError: If there is no such file, or it is damaged or of another kind.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise FileError(
+            "An artifact is named by its path.",
+            where="load",
+            seen=type(path).__name__,
+            expected="the path of a file that save wrote, or of its folder",
+            next_step="pass the path; what compile returned is called as it is",
+        )
     path = Path(path)
     if path.is_dir():
         path = next(

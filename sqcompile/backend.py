@@ -10,13 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import fx
 
 from sqcompile.errors import BackendError, UnsupportedError, did_you_mean
+from sqcompile.levels import Level
 from sqcompile.program import Program
 from sqcompile.progress import Progress
 from sqcompile.quantization.format import Format
-from sqcompile.signature import Signature
+from sqcompile.signature import Signature, short_dtype
 from sqcompile.sparsity import Pattern
 
 if TYPE_CHECKING:
@@ -298,8 +300,49 @@ class Backend(ABC):
             f"The {self.name} backend cannot run {len(found)} of the program's operators.",
             where=lines[0] if len(lines) == 1 else "\n    " + "\n    ".join(lines),
             seen=", ".join(sorted({operator_name(node) for node, _ in found})),
-            next_step="use another backend, or compile a part of the model without them",
+            next_step=self._way_out(program, [node for node, _ in found]),
         )
+
+    def _way_out(self, program: Program, nodes: Sequence[fx.Node]) -> str:
+        """Return what to do about nodes that this backend cannot run: what mends it, or who can."""
+        if program.level is Level.OBSERVED:
+            return "put calibrate and freeze-observers behind insert-observers: nothing is quantized before"
+        values = [node.meta.get("val") for node in nodes]
+        kinds = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+        odd = kinds & {torch.float16, torch.bfloat16, torch.float64}
+        if odd:
+            names = " and ".join(sorted(map(short_dtype, odd)))
+            return f"convert the model and its inputs from {names} to float32: model.float()"
+        able = [
+            f"backend='{name}'"
+            for name in ("native", "onnxruntime", "reference")
+            if not self.name.startswith(name) and _runs(name, program)
+        ]
+        return f"use {' or '.join(able)}, which can; or compile a part of the model without them"
+
+
+def _runs(name: str, program: Program) -> bool:
+    try:
+        return not get_backend(name).unsupported(program)
+    except BackendError:  # it is not installed
+        return False
+
+
+def check_threads(threads: object) -> None:
+    """Check a number of threads.
+
+    Raises:
+        BackendError: If it is neither None nor a whole number from 1 on.
+    """
+    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1):
+        return
+    raise BackendError(
+        "A session cannot have so many threads.",
+        where="threads",
+        seen=repr(threads),
+        expected="a whole number from 1 on, or None",
+        next_step="pass threads=None, which leaves the choice to the runtime",
+    )
 
 
 def get_backend(name: str) -> Backend:

@@ -252,6 +252,10 @@ class TestPasses:
         refused(InputError, seeded(Mlp), (), (data(2, 8),), max_memory="lots")
         refused(InputError, seeded(Mlp), (), (data(2, 8),), seed="seven")
         refused(BackendError, seeded(Mlp), (), (data(2, 8),), backend="onnxruntme")
+        with pytest.raises(FileError, match="named by its path"):
+            sqcompile.load(None)  # type: ignore[arg-type]
+        for threads in (0, -1, "2", True, 1.5):
+            refused(BackendError, seeded(Mlp), (), (data(2, 8),), threads=threads)
 
 
 class TestBackends:

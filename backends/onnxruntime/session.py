@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from sqcompile.backend import Session
+from sqcompile.backend import Session, check_threads
 from sqcompile.backends.onnxruntime.artifact import GENERATION, OnnxArtifact, read_signature
 from sqcompile.backends.onnxruntime.generation.generator import TextGenerator, continue_text
 from sqcompile.backends.onnxruntime.generation.rewrite import (
@@ -33,6 +33,9 @@ from sqcompile.generation import OnToken, continued, split_rows, tokens_needed
 from sqcompile.signature import Signature
 
 _ERRORS_ONLY = 3
+
+# What the runtime says of tokens and positions that a table has not: Gather, and a table that was cut to fit.
+_OUTSIDE = ("out of data bounds", "Attempting to broadcast an axis")
 
 
 class OnnxSession(Session):
@@ -64,15 +67,24 @@ class OnnxSession(Session):
         """Run on flat, checked inputs and return flat outputs.
 
         Raises:
-            InputError: If a model with a cache cannot take the inputs.
+            InputError: If a model with a cache cannot take the inputs, or an index lies outside.
             BackendError: If the runtime fails.
         """
         feeds = self.feeds(inputs)
         try:
             results = iter(self.inner.run(self._outputs, feeds))
         except Exception as error:
+            if any(mark in str(error) for mark in _OUTSIDE):
+                raise InputError(
+                    "ONNX Runtime refuses the inputs.",
+                    where="call of the program",
+                    seen=_text(error),
+                    expected="indices that lie inside what they index, such as positions that the model has",
+                    next_step="check the values of the inputs, and that they are no longer than the model takes",
+                ) from error
             raise BackendError(
                 "ONNX Runtime failed while running the model.",
+                where="call of the program",
                 seen=_text(error),
                 next_step="compare with the reference: compile with backend='reference'",
             ) from error
@@ -290,7 +302,9 @@ def _open_artifact(
     except Exception as error:
         raise BackendError(
             "ONNX Runtime refuses the model.",
+            where="loading the lowered model",
             seen=_text(error),
+            expected="a kernel for every operator",
             next_step="compile with backend='reference', and report this with the text of the program",
         ) from error
 
@@ -302,11 +316,8 @@ def _open(model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntim
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise BackendError(
-                "A session needs at least one thread.", seen=threads, expected="1 or more, or None"
-            )
         options.intra_op_num_threads = threads
     return options
 

@@ -23,6 +23,9 @@ def reason_against(node: fx.Node) -> str | None:
         return _reason_against_ours(node, target)
     if _complex(node):
         return "complex numbers have no ONNX form here"
+    missing = _without_kernel(node, target)
+    if missing is not None:
+        return f"ONNX Runtime has no kernel of {missing} for it on CPUs; in float32 it has: model.float()"
     if target in _translated() or _qualified(target) in _translated_names() or _decomposes(target):
         return None
     return "neither a translation to ONNX nor a decomposition is known"
@@ -51,9 +54,27 @@ def _reason_against_ours(node: fx.Node, target: torch._ops.OpOverload) -> str | 
 
 
 def _complex(node: fx.Node) -> bool:
+    return any(kind.is_complex for kind in _types(node))
+
+
+def _without_kernel(node: fx.Node, target: torch._ops.OpOverload) -> str | None:
+    """Return the element type for which ONNX Runtime 1.32 has no kernel on CPUs, as was tried, or None."""
+    kinds = _types(node).union(*(_types(item) for item in node.all_input_nodes if item.op == "placeholder"))
+    if torch.bfloat16 in kinds:
+        return "bfloat16"  # nor can its Python interface be given any
+    name = target._schema.name.removeprefix("aten::")
+    if torch.float64 in kinds and name.startswith(_NOT_IN_DOUBLE):
+        return "float64"
+    return None
+
+
+_NOT_IN_DOUBLE = ("conv", "gelu", "avg_pool", "adaptive_avg_pool", "lstm", "gru")
+
+
+def _types(node: fx.Node) -> set[torch.dtype]:
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(item, torch.Tensor) and item.dtype.is_complex for item in values)
+    return {item.dtype for item in values if isinstance(item, torch.Tensor)}
 
 
 def _qualified(target: torch._ops.OpOverload) -> str:

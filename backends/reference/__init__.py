@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from sqcompile.backend import Artifact, Backend, Session
+from sqcompile.backend import Artifact, Backend, Session, check_threads
 from sqcompile.errors import BackendError
 from sqcompile.program import Program
 
@@ -61,6 +61,7 @@ class ReferenceBackend(Backend):
 
     def load(self, source: Artifact | Path, *, threads: int | None = None) -> ReferenceSession:
         """Load a program from memory or from a `.pt2` file; PyTorch's own thread setting counts."""
+        check_threads(threads)
         if isinstance(source, ReferenceArtifact):
             return ReferenceSession(source.program)
         if isinstance(source, Artifact):

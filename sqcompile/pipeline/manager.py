@@ -21,6 +21,7 @@ from sqcompile.errors import (
     PassOptionError,
     did_you_mean,
 )
+from sqcompile.levels import Level
 from sqcompile.metrics import Distance
 from sqcompile.pipeline.context import PassContext
 from sqcompile.pipeline.contract import Pass, PassResult
@@ -325,27 +326,34 @@ def check_order(passes: Sequence[Pass]) -> None:
     Raises:
         LevelError: If two passes conflict.
     """
-    for first, second in itertools.pairwise(passes):
+    for place, (first, second) in enumerate(itertools.pairwise(passes)):
         if second.requires is not first.produces:
             raise LevelError(
                 f"Pass {second.name} cannot follow {first.name}.",
                 where=f"pass {second.name}",
                 seen=f"{first.name} leaves level {first.produces}",
                 expected=f"level {second.requires}",
-                next_step=_order_hint(first, second),
+                next_step=_order_hint(passes[: place + 1], second),
             )
 
 
-def _order_hint(first: Pass, second: Pass) -> str:
-    from sqcompile.levels import Level
+def _order_hint(before: Sequence[Pass], item: Pass) -> str:
+    """Return where to put a pass that the passes before leave the wrong level for."""
+    if item.requires is not Level.ATEN:
+        return _quantize_first(item, before[-1].produces)
+    # The pass that left the level, not the last one: between both it is no better.
+    left = next((other for other in before if other.produces is not Level.ATEN), before[-1])
+    return f"put {item.name} before {left.name}; of two pipelines that quantize, leave one out"
 
-    if first.produces is Level.OBSERVED:
-        return "put calibrate and freeze-observers between them"
-    if second.requires is Level.OBSERVED:
-        return "put insert-observers before it"
-    if second.requires is Level.QDQ:
-        return "quantize first: insert-observers, calibrate, freeze-observers, or quantize-weights"
-    return f"put {second.name} before {first.name}"
+
+def _quantize_first(item: Pass, level: Level) -> str:
+    if item.requires is Level.OBSERVED:
+        return f"put insert-observers before {item.name}" + (
+            "" if level is Level.ATEN else ", and both before what quantizes"
+        )
+    if level is Level.OBSERVED:
+        return f"put calibrate and freeze-observers before {item.name}"
+    return f"quantize before {item.name}: insert-observers, calibrate, freeze-observers, or quantize-weights"
 
 
 def _require_level(item: Pass, program: Program) -> None:
@@ -354,7 +362,9 @@ def _require_level(item: Pass, program: Program) -> None:
             f"Pass {item.name} needs a program of level {item.requires}.",
             seen=f"level {program.level}",
             expected=f"level {item.requires}",
-            next_step="change the order of the passes",
+            next_step="the model is quantized already: compile the one that it was made from"
+            if item.requires is Level.ATEN
+            else _quantize_first(item, program.level),
         )
 
 

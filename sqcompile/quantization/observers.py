@@ -111,9 +111,10 @@ class ObserverState(ABC):
         """
         if self.count == 0:
             raise self.error(
-                "an observer never saw data",
+                "An observer never saw data.",
                 seen="0 batches",
-                next_step="calibrate with data that reaches this place, or leave it in floating point",
+                expected="calibrate (or train-quantized) between insert-observers and freeze-observers",
+                next_step="put that pass there, with data that reaches this place; or leave it in floating point",
             )
         return self._range()
 

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.programs import conv_net, data, mlp
+from support.programs import Mlp, conv_net, data, mlp, seeded
 from torch import fx
 
+import sqcompile
 from sqcompile.errors import (
     CalibrationError,
     Error,
@@ -26,7 +27,15 @@ from sqcompile.errors import (
 )
 from sqcompile.layers import layers_of
 from sqcompile.levels import Level
-from sqcompile.pipeline import Keeps, Pass, PassContext, PassManager, PassRecord, PassResult
+from sqcompile.pipeline import (
+    Keeps,
+    Pass,
+    PassContext,
+    PassManager,
+    PassRecord,
+    PassResult,
+    parse_pipeline,
+)
 from sqcompile.program import Program
 from sqcompile.quantization import Format, MinMax
 from sqcompile.rewrite import Rewriter
@@ -841,11 +850,34 @@ class TestOrder:
                 advice.add(caught.value.next_step)
         assert len(advice) >= 4
 
+    @pytest.mark.parametrize(
+        ("text", "hint"),
+        [
+            ("insert-observers,calibrate,freeze-observers,fold-qdq,remove-noops", "before insert-observers"),
+            ("insert-observers,remove-noops", "before insert-observers"),
+            ("int8-static,int8-static", "leave one out"),
+            ("remove-noops,fold-qdq", "insert-observers, calibrate, freeze-observers"),
+            ("remove-noops,calibrate", "put insert-observers before calibrate"),
+            ("insert-observers,fold-qdq", "put calibrate and freeze-observers before fold-qdq"),
+        ],
+        ids=["far", "near", "twice", "nothing-quantized", "nothing-observed", "not-frozen"],
+    )
+    def test_the_advice_is_right_at_the_first_try(self, text: str, hint: str) -> None:
+        with pytest.raises(LevelError) as caught:
+            PassManager(parse_pipeline(text))
+        assert hint in str(caught.value.next_step)
+
+    def test_a_program_that_is_quantized_already(self) -> None:
+        compiled = sqcompile.compile(seeded(Mlp), "int8-dynamic", data(2, 8), backend="reference")
+        with pytest.raises(LevelError, match="quantized already"):
+            sqcompile.compile(compiled.program, "int8-dynamic", backend="reference")
+
     def test_a_program_of_another_level(self) -> None:
         item = misbehaving(lambda program, context: 0, requires=Level.QDQ, produces=Level.QDQ)
         with pytest.raises(LevelError, match="needs a program of level qdq") as caught:
             run([item])
         assert caught.value.seen == "level aten"
+        assert "quantize before misbehaving" in str(caught.value.next_step)
 
     def test_a_broken_program_is_no_fault_of_a_pass(self) -> None:
         program = mlp()

@@ -168,7 +168,7 @@ def test_threads(case: Case, lower: Lower) -> None:
     assert session.inner.get_session_options().intra_op_num_threads == 2
     x = torch.randn(3, 8)
     torch.testing.assert_close(session(x), case.session(x))
-    with pytest.raises(BackendError, match="at least one thread"):
+    with pytest.raises(BackendError, match="so many threads"):
         BACKEND.load(artifact, threads=0)
 
 
@@ -177,3 +177,21 @@ def test_a_bare_runtime_loads_the_model(case: Case, lower: Lower) -> None:
     bare = onnxruntime.InferenceSession(lower(case.program).to_bytes(), providers=["CPUExecutionProvider"])
     (result,) = bare.run(["output"], {"x": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(result), case.session(x))
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["range", "counted"])
+def test_positions_that_a_model_has_not_are_wrong_inputs(lower: Lower, counted: bool) -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ones = torch.ones_like(x[:, 0], dtype=torch.int64)
+            return x + self.table(ones.cumsum(0) - 1 if counted else torch.arange(x.shape[0]))
+
+    program = trace(Places(), (torch.zeros(3, 3),), dynamic_shapes={"x": {0: torch.export.Dim("length")}})
+    session = BACKEND.load(lower(program), threads=1)
+    assert session(torch.zeros(4, 3)).shape == (4, 3)
+    with pytest.raises(InputError, match="no longer than the model takes"):
+        session(torch.zeros(5, 3))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from sqcompile import compile
 from sqcompile.backends.onnxruntime import BACKEND
 from sqcompile.errors import BackendError, UnsupportedError
 from sqcompile.levels import Level
@@ -31,7 +32,8 @@ def test_every_unsupported_operator_is_listed() -> None:
     assert "unknown" in text and "neither a translation to ONNX nor a decomposition" in text
     assert "fft" in text and "complex" in text
     assert "test_support.py" in text
-    assert caught.value.next_step
+    assert caught.value.next_step is not None
+    assert "backend='reference'" in caught.value.next_step and "native" not in caught.value.next_step
 
 
 def test_observers_are_unsupported() -> None:
@@ -44,7 +46,21 @@ def test_observers_are_unsupported() -> None:
     program.level = Level.OBSERVED
     with pytest.raises(UnsupportedError, match="cannot run") as caught:
         BACKEND.lower(program)
-    assert "freeze-observers" in str(caught.value)
+    assert caught.value.next_step is not None
+    assert "calibrate and freeze-observers" in caught.value.next_step
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_types_that_the_runtime_has_no_kernels_of(kind: torch.dtype) -> None:
+    """It would say so itself, when the file is loaded: a node's number, and nothing to do about it."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 1, 5, 5)
+    with pytest.raises(UnsupportedError, match=r"model\.float\(\)") as caught:
+        BACKEND.lower(trace(model.to(kind), (x.to(kind),)))
+    assert caught.value.next_step is not None
+    assert "float32" in caught.value.next_step
+    assert compile(model, (), x.to(kind)).report.backend == "reference"
+    assert BACKEND.unsupported(trace(model.float(), (x,))) == []
 
 
 def test_supported_programs_have_nothing_to_list() -> None:

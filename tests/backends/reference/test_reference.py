@@ -117,3 +117,8 @@ def test_every_unsupported_operator_is_listed_at_once() -> None:
         assert part in str(error.where)
     assert error.next_step
     assert [node.name for node, _ in Picky().unsupported(mlp())] == ["relu"]
+
+
+def test_threads_are_checked_here_too() -> None:
+    with pytest.raises(BackendError, match="so many threads"):
+        BACKEND.load(BACKEND.lower(mlp()), threads=0)
