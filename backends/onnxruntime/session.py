@@ -33,6 +33,7 @@ from sqcompile.generation import OnToken, continued, split_rows, tokens_needed
 from sqcompile.signature import Signature
 
 _ERRORS_ONLY = 3
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
 # What the runtime says of tokens and positions that a table has not: Gather, and a table that was cut to fit.
 _OUTSIDE = ("out of data bounds", "Attempting to broadcast an axis")
@@ -71,6 +72,7 @@ class OnnxSession(Session):
             BackendError: If the runtime fails.
         """
         feeds = self.feeds(inputs)
+        self._refuse_empty(feeds)
         try:
             results = iter(self.inner.run(self._outputs, feeds))
         except Exception as error:
@@ -92,6 +94,26 @@ class OnnxSession(Session):
             torch.from_numpy(np.asarray(next(results))) if value.is_tensor else value.constant
             for value in self.signature.outputs
         ]
+
+    def _refuse_empty(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Refuse inputs without elements where the runtime would end the whole process (seen in 1.32)."""
+        empty = next((name for name, item in feeds.items() if not item.size), None)
+        if empty is None or not self._recurrent():
+            return
+        raise InputError(
+            "ONNX Runtime cannot run LSTM, GRU and RNN on no data.",
+            where=f"input '{empty}'",
+            seen=f"sizes {list(feeds[empty].shape)}",
+            expected="at least one sample, and one step",
+            next_step="leave the call out: there is nothing to compute",
+        )
+
+    def _recurrent(self) -> bool:
+        source = self._source
+        if isinstance(source, OnnxArtifact):
+            return any(node.op_type in _RECURRENT for node in source.model.graph)
+        graph = onnx.load(source, load_external_data=False).graph
+        return any(node.op_type in _RECURRENT for node in graph.node)
 
     def profile(
         self, inputs: Sequence[Any], layers: Mapping[str, int], *, runs: int = 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -14,6 +15,7 @@ from support.programs import TwoInputs
 from torch import nn
 from torch.export import Dim
 
+import sqcompile
 from sqcompile.backends.onnxruntime import BACKEND
 from sqcompile.backends.onnxruntime.artifact import OnnxArtifact
 from sqcompile.backends.onnxruntime.session import OnnxSession
@@ -153,6 +155,31 @@ def test_types_of_inputs_and_outputs_are_kept(lower: Lower, load: Load) -> None:
     results = load(lower(program))(*inputs)
     for result, expected in zip(results, program(*inputs), strict=True):
         assert result.dtype == expected.dtype and torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("loaded", ["artifact", "file"])
+def test_a_recurrent_model_refuses_no_data(loaded: str, tmp_path: Path) -> None:
+    """ONNX Runtime would end the process; models of other operators answer with nothing."""
+    compiled = {
+        kind: sqcompile.compile(
+            kind(4, 4, **({"batch_first": True} if kind is nn.LSTM else {})),
+            example_inputs=(torch.zeros(2, 3, 4),),
+            dynamic_shapes=({0: "batch"},),
+            backend="onnxruntime",
+        )
+        for kind in (nn.LSTM, nn.Linear)
+    }
+    sessions = {}
+    for kind, item in compiled.items():
+        sessions[kind] = item.session
+        if loaded == "file":
+            item.save(tmp_path / f"{kind.__name__}.onnx")
+            sessions[kind] = sqcompile.load(tmp_path / f"{kind.__name__}.onnx")
+    with pytest.raises(InputError, match="LSTM, GRU and RNN on no data") as caught:
+        sessions[nn.LSTM](torch.zeros(0, 3, 4))
+    assert caught.value.where == "input 'input'" and caught.value.seen == "sizes [0, 3, 4]"
+    assert sessions[nn.Linear](torch.zeros(0, 3, 4)).shape == (0, 3, 4)
+    assert sessions[nn.LSTM](torch.zeros(1, 3, 4))[0].shape == (1, 3, 4)
 
 
 def test_inputs_of_any_layout(case: Case) -> None:
