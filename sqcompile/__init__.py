@@ -9,6 +9,7 @@ compiled.save("model.onnx")
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,6 +41,17 @@ __all__ = [
     "load",
     "trace",
 ]
+
+if importlib.util.find_spec("sqcompile.backends") is None:
+    # Python searches the current folder, or the script's, before what is installed.
+    raise ImportError(
+        "This sqcompile is a source tree, and only a part of the package.\n"
+        f"  where:    {__path__[0]}\n"
+        "  seen:     no sqcompile.backends, which the installation puts beside it\n"
+        "  expected: the installed package, or an editable installation of this tree\n"
+        "  next:     start Python (or keep the script) in another folder; or, in this one: pip install -e .",
+        name="sqcompile.backends",
+    )
 
 # Name -> the module that defines it. Names are looked up at their first use, because PyTorch takes more
 # than a second to import, and `sqcompile --help` needs none of it.

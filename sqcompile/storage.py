@@ -189,8 +189,10 @@ def _read_entry(path: Path) -> str | None:
 
 
 def _load_archive(path: Path) -> ExportedProgram:
+    from sqcompile.tracing.explain import quiet
+
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, quiet():  # of a damaged one it would print a traceback
             # By path where possible: then tensors are read without a copy.
             return torch.export.load(path if path.suffix == ".pt2" else file)
     except Exception as error:
@@ -203,7 +205,7 @@ def _damaged(path: Path, seen: str) -> FileError:
         where=str(path),
         seen=seen,
         expected="a file that Program.save or torch.export.save wrote",
-        next_step="the file may be damaged, or need operators of a package that is not imported",
+        next_step="save it again if it is damaged; if it needs operators of a package, import that first",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_other_names_are_refused_as_python_does() -> None:
     with pytest.raises(AttributeError, match="module 'sqcompile' has no attribute 'comple'"):
         _ = sqcompile.comple
     assert not hasattr(sqcompile, "comple")
+
+
+def test_a_source_tree_that_hides_the_installed_package_says_so() -> None:
+    """Without an editable installation Python finds the folder that it starts in first, and only the core in it."""
+    lines = [
+        "import sys",
+        # What an editable installation adds, which finds the other two folders.
+        "sys.meta_path = [item for item in sys.meta_path if 'Redirect' not in type(item).__name__]",
+        f"sys.path.insert(0, {str(Path(sqcompile.__file__).parents[1])!r})",
+        "import sqcompile",
+    ]
+    if (Path(sqcompile.__file__).parent / "backends").is_dir():
+        pytest.skip("not the source tree: the whole package is here")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ImportError: This sqcompile is a source tree" in done.stderr
+    assert "pip install -e ." in done.stderr
 
 
 def test_version() -> None:

@@ -8,6 +8,8 @@ import json
 import operator
 import os
 import resource
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -262,6 +264,21 @@ class TestDamage:
             path = tmp_path / "cut.pt2"
             path.write_bytes(content[: int(len(content) * share)])
             refused(path)
+
+    def test_torch_prints_nothing_of_its_own(self, saved: Path, tmp_path: Path) -> None:
+        """It would log a traceback where the archive's last record, its index, is damaged."""
+        lines = [
+            "import sys, pathlib, sqcompile",
+            "data = bytearray(pathlib.Path(sys.argv[1]).read_bytes())",
+            "data[-30] ^= 0x55",  # what stands before the last record, of 22 bytes, and says where the index is
+            "pathlib.Path(sys.argv[2]).write_bytes(data)",
+            "try: sqcompile.load(sys.argv[2])",
+            "except sqcompile.Error as error: print(type(error).__name__, error)",
+        ]
+        command = [sys.executable, "-c", "\n".join(lines), str(saved), str(tmp_path / "index.pt2")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("FileError") and "index.pt2" in done.stdout
+        assert "Traceback" not in done.stderr
 
     def test_every_part_has_a_checksum_that_is_checked(self, saved: Path, tmp_path: Path) -> None:
         """PyTorch would load a flipped bit of a weight without a word."""
