@@ -306,6 +306,8 @@ def _compile(
     memory = parse_bytes(max_memory)
     target = None if backend == "auto" else get_backend(backend)
     by_parts = work_dir is not None and bool(pipeline) and all(item.local for item in pipeline)
+    if isinstance(model, (str, Path)):
+        progress.note(f"loading {model}")
     loaded = load_model(model, weights=not by_parts)
     batches = open_data(calibration, loaded, model)
     inputs = find_inputs(loaded, example_inputs, batches)

@@ -15,6 +15,9 @@ from sqcompile.pipeline.contract import option_fields
 from sqcompile.program import Program
 from sqcompile.statistics import program_size
 
+MOST_LEFT = 4
+"""So many layers are left in floating point at most."""
+
 Run = Callable[[Sequence[Pass]], Program]
 """Runs passes on a fresh copy of the dense program."""
 
@@ -78,7 +81,7 @@ def bisect_layers(
     batches: Sequence[Sequence[Any]],
     *,
     gain_db: float = 10.0,
-    most: int = 4,
+    most: int = MOST_LEFT,
 ) -> list[Trial]:
     """Leave layers in floating point, the one that adds most noise first, until the outputs are better.
 

@@ -155,7 +155,8 @@ COMMON = """
 
 - **Answers** go to standard output, as text or, with `--json`, as JSON and nothing else: what is not finite is
   `null`. An error is `{"error": {"kind": …, "what": …, "where": …, "seen": …, "expected": …, "next_step": …}}` then.
-  The rest goes to standard error: messages, and progress with the time left, where that is a terminal.
+  A wrong command line is one, too, of the kind `UsageError`. The rest goes to standard error: messages, and
+  progress with the time left, where that is a terminal.
 - **Errors** have [four parts](errors.md) and no traceback; `--debug` shows it.
 - **Warnings** of libraries are not shown without `--debug`.
 

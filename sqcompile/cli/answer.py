@@ -140,6 +140,8 @@ def _errors(as_json: bool, debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, typer.BadParameter, SystemExit):
         raise
     except KeyboardInterrupt:
+        if as_json:
+            print_json({"error": _error_data(Error("Interrupted."))})
         say("Interrupted.")
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sqcompile import __version__
+from sqcompile.cli.answer import print_json
 from sqcompile.cli.bench import bench
 from sqcompile.cli.bundle import bundle
 from sqcompile.cli.compare import compare
@@ -20,8 +22,31 @@ from sqcompile.cli.recipe import recipe
 from sqcompile.cli.report import report
 from sqcompile.cli.sensitivity import sensitivity
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Click's own, or that of the copy of click which newer versions of typer bring along."""
+
+
+class _Commands(TyperGroup):
+    """The commands; a command line that is wrong is an answer in JSON too, where JSON was asked for."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _UsageError as error:
+            if ctx.meta[__name__]:
+                command = ctx.command_path if error.ctx is None else error.ctx.command_path
+                parts = {"where": command, "seen": None, "expected": None, "next_step": f"{command} --help"}
+                print_json({"error": {"kind": "UsageError", "what": error.format_message(), **parts}})
+            raise  # typer shows it, and ends with 2
+
+
 app = typer.Typer(
     name="sqcompile",
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,  # our errors have four parts; --debug shows Python's own traceback
     rich_markup_mode="markdown",

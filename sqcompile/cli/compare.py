@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -346,7 +347,7 @@ def _compile(recipe: Recipe, passes: Sequence[Pass], instruments: Sequence[Instr
 def _bisect(
     first: Subject, second: Subject, batches: Sequence[list[Any]]
 ) -> tuple[list[PassStep], list[Trial]]:
-    from sqcompile.bisect import PassWatch, bisect_layers
+    from sqcompile.bisect import MOST_LEFT, PassWatch, bisect_layers
     from sqcompile.errors import InputError
     from sqcompile.provenance import recipe_of
 
@@ -361,7 +362,10 @@ def _bisect(
     recipe = recipe_of(second.path)
     watch = PassWatch(first.program, batches)
 
+    tried = itertools.count(1)
+
     def run(passes: Sequence[Pass]) -> Program:
+        progress().note(f"bisecting, trial {next(tried)} of {MOST_LEFT + 1} at most")
         instruments = [] if watch.steps else [watch]  # the first trial is the recipe as it is
         return _compile(recipe, passes, instruments).program
 

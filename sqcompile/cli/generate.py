@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -96,7 +96,7 @@ def generate(
     if not as_json:
         return Answer(lambda target: _stream(target, found, text, run), None, live=True)
     started = time.perf_counter()
-    new = run(None)
+    new = _tracked(run, max_new_tokens)
     about = {
         "model": model,
         "prompt": text,
@@ -106,6 +106,20 @@ def generate(
         "seconds": time.perf_counter() - started,
     }
     return Answer(lambda target: None, about)
+
+
+def _tracked(run: Callable[[Callable[[int, int], object]], list[int]], most: int) -> list[int]:
+    """Generate with a bar, which the end of the text may cut short: nobody sees the words as they come."""
+    bar = cast("Generator[int]", progress().track(range(most), "generating"))
+    next(bar)
+
+    def on_token(row: int, token: int) -> None:
+        next(bar, None)
+
+    try:
+        return run(on_token)
+    finally:
+        bar.close()
 
 
 def open_generator(model: str, passes: list[str], threads: int | None, backend: str = "native") -> Session:

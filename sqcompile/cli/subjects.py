@@ -102,10 +102,12 @@ def open_model(name: str, feed: Feed) -> Subject:
         Error: If it cannot be loaded or traced, or its inputs are not known.
     """
     from sqcompile.api import find_inputs, trace_any
+    from sqcompile.cli.answer import progress
     from sqcompile.data import Batches
     from sqcompile.input_spec import InputSpec, example_inputs
     from sqcompile.models import load_model
 
+    progress().note(f"loading {name}")
     model = load_model(name)
     batches = feed.batches
     if batches is None and feed.data is not None:
