@@ -112,6 +112,21 @@ def test_every_optimization_level_runs_it(kind: str, level: str, quantizer: Any,
     torch.testing.assert_close(torch.from_numpy(result), expected, rtol=0, atol=1.01 * step)
 
 
+@pytest.mark.parametrize("kind", ["convolution", "linear", "dynamic"])
+def test_in_the_runtimes_own_format(kind: str, quantizer: Any, lower: Lower, tmp_path: Path) -> None:
+    """As its converter for small builds writes it with the style `Fixed`, which docs/quantization.md names."""
+    program, x = _quantized(quantizer, kind)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "model.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(lower(program).to_bytes(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(tmp_path / "model.ort", providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": x.numpy()})
+    expected = program(x).detach()
+    step = float(expected.max() - expected.min()) / 255
+    torch.testing.assert_close(torch.from_numpy(result), expected, rtol=0, atol=1.01 * step)
+
+
 def test_each_weight_is_stored_once(quantizer: Any, lower: Lower) -> None:
     program, _ = _quantized(quantizer, "linear")
     large = [
