@@ -149,5 +149,6 @@ class NumberGuard:
                     where=f"output '{declared.name}'" + (f", first at {place}" if place else ""),
                     seen=str(lost) if lost is not None else f"shape {tuple(val.shape)}",
                     expected=f"finite outputs, {item.keeps}",
-                    next_step="leave this layer out of the pass, or compare with: sqcompile compare",
+                    next_step="leave this layer out of the pass, or compare with: sqcompile compare; in a pass of your "
+                    "own, promise with `keeps` what holds",
                 )
