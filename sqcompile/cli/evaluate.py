@@ -10,6 +10,7 @@ import typer
 
 from sqcompile.cli import options
 from sqcompile.cli.answer import Answer, command, progress
+from sqcompile.errors import Error, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,9 @@ def read_tokens(
 
 
 def open_language_model(name: str, threads: int | None = None) -> Callable[..., Any]:
-    """Return a model or an artifact as something that takes `input_ids`, and a mask if it wants one.
+    """Return a model or an artifact as something that takes `input_ids`, and makes a mask if it wants one.
+
+    What calls its tokens otherwise gets them in the first place.
 
     Raises:
         Error: If it cannot be loaded.
@@ -139,26 +142,51 @@ def open_language_model(name: str, threads: int | None = None) -> Callable[..., 
 
     from sqcompile.cli.subjects import artifact_file, open_session
     from sqcompile.models import load_model
+    from sqcompile.tracing import argument_names
 
     path = artifact_file(name)
-    if path is None:
-        loaded = load_model(name)
-        return loaded.eval() if isinstance(loaded, nn.Module) else loaded
-    session = open_session(path, threads)
-    masked = "attention_mask" in {value.name for value in session.signature.inputs}
+    loaded = load_model(name) if path is None else open_session(path, threads)
+    if isinstance(loaded, nn.Module):
+        loaded = loaded.eval()
+        names = set(argument_names(loaded))
+        wanted: set[str] = set()
+    else:
+        names = {value.name for value in loaded.signature.inputs} if hasattr(loaded, "signature") else set()
+        wanted = names
 
     def call(input_ids: torch.Tensor) -> Any:
-        more = {"attention_mask": torch.ones_like(input_ids)} if masked else {}
-        return session(input_ids=input_ids, **more)
+        more = {"attention_mask": torch.ones_like(input_ids)} if "attention_mask" in wanted else {}
+        try:
+            if names and "input_ids" not in names:
+                return loaded(input_ids, **more)
+            return loaded(input_ids=input_ids, **more)
+        except (Error, IndexError):  # an index: of a token that the vocabulary has not, which the caller says
+            raise
+        except Exception as error:
+            raise _takes_no_tokens(name, loaded, error) from error
 
     return call
+
+
+def _takes_no_tokens(name: str, model: Any, error: Exception) -> InputError:
+    from torch import nn
+
+    from sqcompile.tracing.explain import model_line
+
+    line = model_line(error.__traceback__, model) if isinstance(model, nn.Module) else None
+    return InputError(
+        f"'{name}' fails on tokens.",
+        where=line or name,
+        seen=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+        expected="a language model: token ids [N, T] to logits [N, T, vocabulary]",
+        next_step="evaluate a language model; for any other: sqcompile compare",
+    )
 
 
 def _token_array(path: Path, name: str | None) -> Any:
     import numpy as np
 
     from sqcompile.data import load_arrays
-    from sqcompile.errors import InputError
 
     arrays = load_arrays(path, name)
     array = arrays.get("input_ids", next(iter(arrays.values())) if len(arrays) == 1 else None)

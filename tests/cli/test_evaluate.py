@@ -74,3 +74,39 @@ def test_mistakes_lead_to_their_repair(run, folder: Path, tokens: np.ndarray) ->
     (folder / "text.txt").write_text("import os")
     result = run("evaluate", "bare", "-d", "text.txt")
     assert result.code == 1 and "--tokenizer" in result.err
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 8)
+        self.head = nn.Linear(8, 50)
+
+    def forward(self, idx):
+        return self.head(self.table(idx))
+
+def tiny():
+    torch.manual_seed(0)
+    return Tiny()
+
+def image():
+    return nn.Conv2d(1, 2, 3)
+"""
+
+
+def test_models_that_call_their_tokens_otherwise(run, tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    np.savez(tmp_path / "rows.npz", np.arange(32).reshape(4, 8))
+    model, data, artifact = f"{tmp_path}/own_model.py:tiny", f"{tmp_path}/rows.npz", f"{tmp_path}/own.sqm"
+    done = run("compile", model, "-i", "idx: i64[batch, length]", "-p", "weight-only{bits=8}", "-o", artifact)
+    assert done.code == 0, done.out
+    done = run("evaluate", artifact, "--against", model, "-d", data)
+    assert done.code == 0, done.out
+    assert "28 tokens predicted" in done.out
+    done = run("evaluate", f"{tmp_path}/own_model.py:image", "-d", data)
+    assert done.code == 1
+    assert "fails on tokens" in done.err and "sqcompile compare" in done.err
