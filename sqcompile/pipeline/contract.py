@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import re
 import sys
+import types
+import typing
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -214,7 +216,16 @@ def _check_options(kind: type[Pass]) -> None:
             expected="options as annotated fields, which recipes and the command line can read: ratio: float = 0.5",
             next_step="turn its parameters into fields; checks of their values go into __post_init__",
         )
+    hints = _type_hints(kind)
     for name in annotated:
+        if _is_mutable(hints.get(name)):
+            raise PassContractError(
+                f"The option '{name}' of {kind.__name__} is of a type that can be written into.",
+                where=place,
+                seen=f"{name}: {hints[name]}",
+                expected="a type whose values stay as they are, so that a pass equals what its text says",
+                next_step="write list[int] as tuple[int, ...], and dict[str, float] as tuple[tuple[str, float], ...]",
+            )
         value = vars(kind).get(name)
         if isinstance(value, torch.Tensor) or (type(value).__hash__ is None and not callable(value)):
             raise PassContractError(
@@ -235,6 +246,20 @@ def _check_options(kind: type[Pass]) -> None:
             expected=f"{name}: {type(value).__name__} = …",
             next_step="annotate it as an option, or as ClassVar if it is none",
         )
+
+
+def _type_hints(kind: type[Pass]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(kind)
+    except (NameError, TypeError):  # types that only exist inside a function
+        return {}
+
+
+def _is_mutable(hint: object) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (tuple, typing.Union, types.UnionType):
+        return any(map(_is_mutable, typing.get_args(hint)))
+    return (origin or hint) in (list, dict, set, torch.Tensor)
 
 
 def _check_class_variables(kind: type[Pass]) -> None:

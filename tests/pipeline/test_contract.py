@@ -107,6 +107,19 @@ class TestOptions:
 
         assert "tuple" in str(caught.value.next_step)
 
+    @pytest.mark.parametrize(
+        "hint",
+        [list[int], dict[str, float] | None, tuple[list[str], ...], torch.Tensor],
+        ids=["list", "optional", "nested", "tensor"],
+    )
+    def test_types_that_can_be_written_into_are_refused(self, hint: object) -> None:
+        """No text would read back as such a value, and a list that is given would be refused as no list."""
+        body = {"__annotations__": {"layers": hint}, "layers": None, "run": Probe.run}
+        body |= {"__module__": __name__, "__qualname__": "f.<locals>.Wrong"}
+        with pytest.raises(PassContractError, match="option 'layers' of Wrong is of a type") as caught:
+            types.new_class("Wrong", (Pass,), exec_body=lambda namespace: namespace.update(body))
+        assert "tuple[int, ...]" in str(caught.value.next_step)
+
     def test_an_init_of_its_own_is_refused(self) -> None:
         with pytest.raises(PassContractError, match="Built has an __init__ of its own") as caught:
 
