@@ -93,6 +93,16 @@ class ExpectedInputs:
                 next_step="tokenize with the model's own tokenizer (--tokenizer names its folder)",
             )
 
+    def _instead_of(self, name: str, arrays: Mapping[str, Any]) -> str:
+        """Return what to do about an array that is no input."""
+        needed = [item for item in self.names if item in self.required]
+        if needed == list(self.names[:1]) and needed[0] in arrays:
+            return f"take only the input's array, without labels or what else there is: FILE.npz:{needed[0]}"
+        if needed and all(item in arrays for item in needed):
+            return f"write the file without '{name}'"
+        hint = did_you_mean(name, [item for item in self.names if item not in arrays]).rstrip("?")
+        return f"{hint}; otherwise drop the array, or take it for the first input with FILE.npz:{name}"
+
     def assign(self, arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Give every array the name of an input: its own, or by order for unnamed ones.
 
@@ -115,8 +125,7 @@ class ExpectedInputs:
                     where=where,
                     seen=", ".join(arrays),
                     expected=", ".join(self.names[:12]),
-                    next_step=f"{did_you_mean(name, self.names)}; otherwise drop the array, or take it for the "
-                    f"first input with FILE.npz:{name}",
+                    next_step=self._instead_of(name, arrays),
                 )
         missing = [name for name in self.names if name in self.required and name not in arrays]
         if missing:

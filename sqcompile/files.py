@@ -51,7 +51,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if target.exists() and not target.is_dir():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         temporary.mkdir()
-        yield temporary
+        try:
+            yield temporary
+        except FileError as error:  # of a file in it, under a name that the user has never seen
+            for part in ("what", "where", "next_step"):
+                setattr(error, part, (getattr(error, part) or "").replace(str(temporary), str(path)) or None)
+            raise
         items = sorted(temporary.rglob("*"))
         for item in items:
             sync(item)

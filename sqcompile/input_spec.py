@@ -65,6 +65,7 @@ class InputSpec:
         if match is None:
             raise RecipeError(
                 f"'{text}' describes no input.",
+                where=f"input '{text}'",
                 seen=text,
                 expected="name: type[sizes], such as 'x: f32[batch, 3, 32, 32]'",
                 next_step="on a command line, put it into quotes",

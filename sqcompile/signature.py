@@ -469,7 +469,12 @@ def _describe_leaf(leaf: Any) -> str:
 def _describe_structure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     shown = [str(pytree.tree_map(_describe_leaf, arg)) for arg in args]
     shown += [f"{name}={pytree.tree_map(_describe_leaf, value)}" for name, value in kwargs.items()]
-    return ", ".join(shown) or "no inputs"
+    text = ", ".join(shown) or "no inputs"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+# Characters of a description: nested lists of numbers, which are no tensor, would fill the screen.
+_LONGEST = 300
 
 
 def _value_to_json(value: Value) -> dict[str, Any]:

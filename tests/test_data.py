@@ -107,6 +107,15 @@ def test_one_array_of_many(tmp_path: Path) -> None:
     assert "'test'" in str(caught.value)
 
 
+def test_labels_beside_the_only_input_are_left_out_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, input=np.ones((5, 3)), labels=np.zeros(5))
+    with pytest.raises(CalibrationError) as caught:
+        DataFile(str(path)).open(nn.Linear(3, 2))
+    assert "FILE.npz:input" in str(caught.value.next_step)
+    assert DataFile(f"{path}:input").open(nn.Linear(3, 2)).first()["input"].shape == (5, 3)
+
+
 def test_unnamed_arrays_go_by_order(tmp_path: Path, arrays) -> None:
     np.savez(tmp_path / "x.npz", arrays["image"], arrays["ids"])
     assert set(DataFile(str(tmp_path / "x.npz")).open(Net()).first()) == {"image", "ids"}
@@ -116,7 +125,8 @@ def test_unnamed_arrays_go_by_order(tmp_path: Path, arrays) -> None:
     ("change", "parts"),
     [
         ({"ids": None}, ["nothing for input 'ids'", "add an array named 'ids'"]),
-        ({"idz": np.zeros(10)}, ["no input 'idz'", "did you mean 'ids'"]),
+        ({"ids": None, "idz": np.zeros(10)}, ["no input 'idz'", "did you mean 'ids'; otherwise drop"]),
+        ({"labels": np.zeros(10)}, ["no input 'labels'", "write the file without 'labels'"]),
         ({"ids": np.zeros(9, dtype=np.int64)}, ["different numbers of samples", "image 10, ids 9"]),
         ({"ids": np.int64(3)}, ["'ids' holds one number"]),
         ({"image": np.zeros((0, 3, 5, 4)), "ids": np.zeros(0, dtype=np.int64)}, ["no samples"]),

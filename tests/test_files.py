@@ -297,6 +297,15 @@ class TestFolder:
         assert "free some room" in str(refused(action).next_step)
         assert everything(small_disk) == []
 
+    def test_errors_speak_of_the_folder_that_was_named(self, tmp_path: Path) -> None:
+        def action() -> None:
+            with atomic_folder(tmp_path / "model") as folder, atomic_file(folder / "missing" / "x"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        error = refused(action)
+        assert error.where == str(tmp_path / "model" / "missing" / "x")
+        assert ".part" not in str(error)
+
 
 def _umask() -> int:
     mask = os.umask(0)

@@ -399,6 +399,14 @@ class Boxed:
     y: Any
 
 
+def test_long_lists_are_not_repeated() -> None:
+    signature = trace(nn.ReLU(), (data(4, 100),)).signature
+    with pytest.raises(InputError, match="nested differently") as caught:
+        signature.bind((data(4, 100).tolist(),), {})
+    assert len(str(caught.value.seen)) < 400
+    assert str(caught.value.seen).endswith("…")
+
+
 class TwoTables(nn.Module):
     """Rows of two embeddings, one smaller; and an index that nothing looks up."""
 

@@ -15,6 +15,7 @@ from sqcompile.matching import tensor_users
 from sqcompile.operators.table import argument, operator_of, preserves_scale
 from sqcompile.pipeline import Keeps, Pass, PassContext, PassResult
 from sqcompile.program import Program
+from sqcompile.quantization.stored import weight_tensor
 from sqcompile.rewrite import Rewriter
 from sqcompile.text import operator_name
 
@@ -50,7 +51,7 @@ class EqualizeLayers(Pass):
     Keeps: close(rtol=1e-4): scaled in float64, stored as float32.
     Rejects: a result that goes to several operators or to one that is not homogeneous (fold batch norms
         first; `relax-clamps` turns ReLU6 into ReLU); weights or biases that several layers share.
-    Raises: CalibrationError if `by=values` has no data.
+    Raises: CalibrationError if `by=values` has no data; InputError if a weight holds NaN or infinity.
     Source: Nagel et al. 2019, arXiv 1906.04721, section 4.1 (weights); Xiao et al. 2022, arXiv
         2211.10438, eq. 4 (values, for linear layers behind a norm).
 
@@ -91,10 +92,10 @@ class EqualizeLayers(Pass):
                 pairs.append(pair)
         if not pairs:
             return PassResult()
-        values = _largest_values(program, pairs, context) if self.by == "values" else None
         scaled = {
             layer.node: _Scaled(program, layer) for pair in pairs for layer in (pair.first, pair.second)
         }
+        values = _largest_values(program, pairs, context) if self.by == "values" else None
         for _ in range(self.iterations):
             if max(self._visit(pair, scaled, values) for pair in pairs) < _SETTLED / 10:
                 break
@@ -151,6 +152,7 @@ class _Scaled:
 
     def __init__(self, program: Program, layer: Layer) -> None:
         self._layer = layer
+        weight_tensor(program, layer)  # refuses NaN and infinity, which scales would spread to other layers
         weight = program.tensor(layer.weight).detach().double()
         self._magnitudes = _by_channel(weight, layer).abs().amax(3)
         groups, outputs, inputs = self._magnitudes.shape

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sqcompile import trace
-from sqcompile.errors import CalibrationError, PassOptionError
+from sqcompile.errors import CalibrationError, InputError, PassOptionError
 from sqcompile.passes import EqualizeLayers, MaskWeights
 from sqcompile.testing import CheckedPass, check_pass
 
@@ -164,6 +164,14 @@ def test_dynamic_sizes_stay_dynamic() -> None:
     checked = check_pass(EqualizeLayers(), model, (values(2, 3, 8, 8),), dynamic_shapes=shapes)
     assert checked.record.facts == {"pairs": 1}
     assert checked.after(values(5, 3, 9, 8)).shape == (5, 2)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    """Their scale would turn every weight of the layer before into NaN, and that one would be blamed."""
+    model = settled(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    model[2].weight.data[1, 2] = torch.inf
+    with pytest.raises(InputError, match=r"(?s)not finite.*layer '2'.*1 of 12"):
+        run([EqualizeLayers()], trace(model, (values(5, 6),)))
 
 
 def test_options() -> None:
