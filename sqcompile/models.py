@@ -111,10 +111,22 @@ def _load_path(source: str | Path, weights: bool) -> Any:
         where=text,
         seen=f"a file with suffix '{path.suffix}'",
         expected="a Hugging Face folder, a .pt2 file, or module.py:factory",
-        next_step=f"name the function that makes the model: {text}:FUNCTION"
-        if path.suffix == ".py"
-        else "save the model with torch.export.save, or name a function that makes it",
+        next_step=_how_to_name_a_model(path),
     )
+
+
+def _how_to_name_a_model(path: Path) -> str:
+    """Return a next step for a file that is none of those that hold a model."""
+    if path.suffix == ".py":
+        return f"name the function that makes the model: {path}:FUNCTION"
+    if path.suffix in (".onnx", ".sqm"):
+        return "it is compiled already: compile the model that it was made from; sqcompile inspect says what is known of it"
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
+        return (
+            "weights, or a pickle, need the code of their model: write a function that makes it and loads "
+            f"'{path.name}', and name it: model.py:FUNCTION"
+        )
+    return "save the model with torch.export.save, or name a function that makes it"
 
 
 def _load_folder(path: Path, weights: bool) -> nn.Module:
@@ -239,7 +251,7 @@ def _call_factory(text: str) -> Any:
         )
     try:
         model = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TraceError(
             f"'{name}' in '{location}' fails to make the model.",
             where=failing_line(error, location),

@@ -100,6 +100,21 @@ class TestFiles:
             assert "model.pt2" in str(refused(tmp_path / name, FileError).next_step)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("net.onnx", "compiled already"),
+        ("net.sqm", "compiled already"),
+        ("net.pt", "need the code of their model"),
+        ("net.safetensors", "need the code of their model"),
+        ("net.txt", "torch.export.save"),
+    ],
+)
+def test_files_that_hold_no_model_have_their_own_next_step(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).write_bytes(b"0")
+    assert hint in str(refused(tmp_path / name, FileError).next_step)
+
+
 class TestFactories:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
@@ -130,6 +145,12 @@ class TestFactories:
     def test_that_fails(self, file: Path) -> None:
         error = refused(f"{file}:fails", TraceError)
         assert str(error.where).endswith(".py:5") and "ZeroDivisionError" in str(error.seen)
+
+    def test_that_exits(self, file: Path) -> None:
+        """A script's own `sys.exit` would end the command line without a word of where."""
+        file.write_text(file.read_text() + "import sys\ndef leaves():\n    sys.exit('no weights given')\n")
+        error = refused(f"{file}:leaves", TraceError)
+        assert error.seen == "SystemExit: no weights given" and str(error.where).endswith(".py:15")
 
     def test_that_makes_no_model(self, file: Path) -> None:
         error = refused(f"{file}:nothing", TraceError)

@@ -8,9 +8,18 @@ These modules import nothing heavy at their top: `sqcompile --help` needs no PyT
 
 from __future__ import annotations
 
-from sqcompile.cli.app import app
+import sys
 
 
 def main() -> None:
     """Run the command line."""
+    try:
+        from sqcompile.cli.app import app  # takes a moment, in which a user may have thought better of it
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
     app()
+
+
+def _interrupted() -> int:
+    print("Interrupted.", file=sys.stderr)
+    return 130

@@ -98,6 +98,24 @@ def test_an_unexpected_failure_has_no_traceback_either(folder: Path) -> None:
     assert "Traceback" in err
 
 
+def test_an_interrupt_before_the_first_word_does_too() -> None:
+    """The packages of the command line take a moment to import; Ctrl-C may come in it."""
+    lines = [
+        "import sys",
+        "class Interrupts:",
+        "    def find_spec(self, name, *others):",
+        "        if name == 'typer':",
+        "            raise KeyboardInterrupt",
+        "sys.meta_path.insert(0, Interrupts())",
+        "from sqcompile.cli import main",
+        "main()",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "Interrupted.")
+
+
 def test_an_interrupt_ends_quietly(folder: Path) -> None:
     (folder / "slow.py").write_text("import time\nopen('started', 'w').close()\ntime.sleep(60)\n")
     process = start("inspect", "slow.py:make")
