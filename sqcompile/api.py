@@ -41,6 +41,7 @@ from sqcompile.signature import Signature
 from sqcompile.statistics import Size, program_size
 from sqcompile.streaming import Job, Streamed, compress_parts, weights_of
 from sqcompile.tracing import trace
+from sqcompile.tracing.explain import SizeRangeError
 from sqcompile.tracing.inputs import Inputs, argument_names, check_call, normalize_inputs
 
 if TYPE_CHECKING:
@@ -574,17 +575,47 @@ def trace_any(
         return trace(model)
     names = [*argument_names(model)[: len(inputs[0])], *inputs[1]]
     if dynamic_shapes is not None:
-        return trace(model, inputs, dynamic_shapes=with_dims(dynamic_shapes, names))
+        return _trace_named(model, inputs, dynamic_shapes, names)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         return trace(model, inputs, dynamic_shapes=folder_dynamic_shapes(model, inputs))
     if isinstance(data, Batches):
         try:
-            return trace(
-                model, inputs, dynamic_shapes=with_dims({name: {0: "batch"} for name in names}, names)
-            )
+            return _trace_named(model, inputs, {name: {0: "batch"} for name in names}, names)
         except InputError:
             pass  # the model fixes its batch size, or the inputs are wrong, which is raised below
     return trace(model, inputs)
+
+
+def _trace_named(model: Any, inputs: Inputs, shapes: Any, names: Sequence[str]) -> Program:
+    """Trace with dimensions that may be mere names, whose ranges are then what the model takes.
+
+    A stride, say, asks for images of three pixels or more. A name promises nothing about smaller ones; calls with
+    them are refused. `Dim`s have the range that the caller gave them.
+    """
+    ranges: dict[str, dict[str, int]] = {}
+    for least in (2, 3, 4, 8, 16, 32, 64):
+        try:
+            return trace(model, inputs, dynamic_shapes=with_dims(shapes, names, ranges))
+        except SizeRangeError as error:
+            if not error.ranges.keys() & _named(shapes):
+                raise
+            for name, suggested in error.ranges.items():
+                ranges[name] = {**ranges.get(name, {}), **(suggested or {"min": least})}
+    return trace(model, inputs, dynamic_shapes=with_dims(shapes, names, ranges))
+
+
+def _named(shapes: Any) -> set[str]:
+    """Return the names of dimensions that are given as names."""
+    given = (
+        shapes.values()
+        if isinstance(shapes, Mapping)
+        else shapes
+        if isinstance(shapes, (list, tuple))
+        else ()
+    )
+    return {
+        dim for axes in given if isinstance(axes, Mapping) for dim in axes.values() if isinstance(dim, str)
+    }
 
 
 def choose_backend(program: Program) -> tuple[Backend, str]:

@@ -109,12 +109,15 @@ def example_inputs(specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
     return {spec.name: spec.example(seed) for seed, spec in enumerate(specs)}
 
 
-def with_dims(shapes: Any, inputs: Sequence[str]) -> Any:
+def with_dims(
+    shapes: Any, inputs: Sequence[str], ranges: Mapping[str, Mapping[str, int]] | None = None
+) -> Any:
     """Return dynamic shapes as torch.export takes them: names become `Dim`s, other inputs stay fixed.
 
     Args:
         shapes: Input -> axis -> name or `Dim`, or such for each input in order; any other form is returned as it is.
         inputs: Names of all inputs of the call.
+        ranges: `min` and `max` of names.
 
     Raises:
         InputError: If an input does not exist.
@@ -138,7 +141,9 @@ def with_dims(shapes: Any, inputs: Sequence[str]) -> Any:
     dims: dict[str, Any] = {}
 
     def dim(item: Any) -> Any:
-        return dims.setdefault(item, torch.export.Dim(item)) if isinstance(item, str) else item
+        if not isinstance(item, str):
+            return item
+        return dims.setdefault(item, torch.export.Dim(item, **(ranges or {}).get(item, {})))
 
     return {
         name: {axis: dim(item) for axis, item in (shapes.get(name) or {}).items()} or None for name in inputs

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 import sqcompile
 from sqcompile import Recipe
 from sqcompile.data import DataFile
-from sqcompile.errors import Error, FileError, PassOptionError, RecipeError
+from sqcompile.errors import Error, FileError, InputError, PassOptionError, RecipeError
 from sqcompile.input_spec import InputSpec
 from sqcompile.pipeline import Pass, PassContext, PassResult, parse_pipeline
 from sqcompile.sparsity import Pattern
@@ -265,6 +266,67 @@ def test_a_dynamic_dimension_of_an_unknown_input_is_named() -> None:
             dynamic_shapes={"y": {0: "batch"}},
             backend="reference",
         )
+
+
+class Strided(nn.Module):
+    """Any image of three pixels or more in each direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 2, 4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(self.up(self.down(x)), size=x.shape[2:], mode="bilinear")
+
+
+class TestRangesOfNames:
+    """Who names a dimension says nothing about its range: it is what the model takes."""
+
+    NAMES: ClassVar = {"x": {0: "batch", 2: "height", 3: "width"}}
+
+    def test_the_range_is_found(self) -> None:
+        model = Strided()
+        compiled = sqcompile.compile(
+            model, example_inputs=(torch.zeros(2, 3, 32, 32),), dynamic_shapes=self.NAMES, backend="reference"
+        )
+        assert compiled.program.signature.dims == {
+            "batch": (0, None),
+            "height": (3, None),
+            "width": (3, None),
+        }
+        x = torch.rand(1, 3, 5, 18)
+        assert torch.equal(compiled(x), model(x))
+        with pytest.raises(InputError, match="'height' is out of its range") as caught:
+            compiled(torch.rand(1, 3, 2, 18))
+        assert caught.value.expected == "3 to any size"
+
+    def test_what_torch_suggests_is_taken(self) -> None:
+        class Positions(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Parameter(torch.zeros(64, 4))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x + self.table[: x.shape[1]]
+
+        compiled = sqcompile.compile(
+            Positions(),
+            example_inputs=(torch.zeros(2, 8, 4),),
+            dynamic_shapes=({0: "batch", 1: "length"},),
+            backend="reference",
+        )
+        assert compiled.program.signature.dims["length"][1] == 64
+
+    def test_a_range_that_is_given_is_not_changed(self) -> None:
+        axes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        with pytest.raises(InputError, match="does not take every size") as caught:
+            sqcompile.compile(
+                Strided(),
+                example_inputs=(torch.zeros(2, 3, 32, 32),),
+                dynamic_shapes={"x": axes},
+                backend="reference",
+            )
+        assert "narrow" in str(caught.value.next_step)
 
 
 class TestInputsBesideData:

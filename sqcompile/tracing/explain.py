@@ -181,6 +181,19 @@ def _is_model_code(frame: FrameType) -> bool:
     return not inside_library and isinstance(frame.f_locals.get("self"), nn.Module)
 
 
+class SizeRangeError(InputError):
+    """Sizes that a model does not take, of a dimension that may have them.
+
+    Attributes:
+        ranges: `min` and `max` that torch.export suggests, as far as it does, by name of the dimension.
+    """
+
+    ranges: dict[str, dict[str, int]]
+
+
+_SUGGESTED = re.compile(r"(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)")
+
+
 def _explain_constraint(text: str, names: str, where: str | None) -> Error:
     details = " ".join(re.findall(r"^\s+- (.*)$", text, re.M))
     fixed = re.search(
@@ -205,13 +218,19 @@ def _explain_constraint(text: str, names: str, where: str | None) -> Error:
             next_step=f"write '{equal.group(2)}' in both places",
         )
     suggestion = re.search(r"Suggested fixes:\n((?:[ \t]+.*\n?)+)", text)
-    return InputError(
+    error = SizeRangeError(
         f"The model does not take every size that dynamic_shapes allows for '{names}'.",
         where=where or "dynamic_shapes",
         seen=details.rstrip(".") or _first_sentence(text),
         expected=" ".join(suggestion.group(1).split()) if suggestion else None,
         next_step="give the dimension this range" if suggestion else "narrow the dimension's range",
     )
+    found = _SUGGESTED.findall(suggestion.group(1)) if suggestion else []
+    error.ranges = {name: {} for name in re.findall(r"\w+", names)} | {
+        name: {end: int(size) for end, size in (("min", least), ("max", most)) if size}
+        for name, least, most in found
+    }
+    return error
 
 
 def _first_sentence(text: str) -> str:
