@@ -152,6 +152,8 @@ def compile_model(
             expected=options.MODEL_HELP,
             next_step="name the model: sqcompile compile MODEL -p PASSES -o OUTPUT",
         )
+    if pretrained or (job.output or "").endswith(".gguf"):
+        _require_transformers(job.model, "a Hugging Face folder" if pretrained else "a GGUF file")
     compiled = _run(job, _instruments(dump_dir, print_before or [], print_after or []), address)
     if measure:
         compiled.measure(runs=runs, threads=job.threads)
@@ -236,6 +238,23 @@ def _job(given: dict[str, Any]) -> Recipe:
     if job.data is not None:
         job.data.check()
     return job
+
+
+def _require_transformers(model: str, kind: str) -> None:
+    """Check, before hours of work, that a model is one of transformers: what else it is, such files cannot hold.
+
+    Raises:
+        PretrainedError: If it is none.
+        Error: If it cannot be loaded.
+    """
+    from sqcompile.models import load_model, model_name
+    from sqcompile.pretrained import Pretrained, refuse_others
+
+    if Path(model).is_dir():
+        return
+    loaded = load_model(model)
+    if Pretrained.of(loaded) is None:
+        raise refuse_others(model_name(loaded, model), kind)
 
 
 def _run(job: Recipe, instruments: list[Instrument], address: str | None) -> Compiled:

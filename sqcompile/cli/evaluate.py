@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -197,9 +197,20 @@ def _token_array(path: Path, name: str | None) -> Any:
             where=f"data file '{path}'",
             seen=seen,
             expected="an array of integers [rows, T] or [T]: the only one, or 'input_ids'",
-            next_step=f"name it: --data {path}:{next(iter(arrays), '') or 'input_ids'}",
+            next_step=_which_array(path, arrays),
         )
     return array
+
+
+def _which_array(path: Path, arrays: Mapping[str, Any]) -> str:
+    import numpy as np
+
+    usable = [
+        name for name, item in arrays.items() if np.issubdtype(item.dtype, np.integer) and item.ndim in (1, 2)
+    ]
+    if usable:
+        return f"name it: --data {path}:{usable[0]}"
+    return "tokenize the text with the model's own tokenizer, and save the ids with numpy.savez; or pass a .txt file"
 
 
 def _show(target: Console, model: str, against: str | None, quality: LanguageQuality) -> None:

@@ -166,6 +166,19 @@ def test_a_pass_of_ones_own_is_imported_by_file(run, folder: Path) -> None:
     assert result.json["report"]["passes"][0]["text"] == "do-nothing-of-mine{times=2}"
 
 
+@pytest.mark.parametrize("target", [["--pretrained", "hf"], ["-o", "net.gguf"]], ids=["folder", "gguf"])
+def test_what_only_transformers_can_hold_is_refused_before_any_work(
+    run, folder: Path, monkeypatch: pytest.MonkeyPatch, target: list[str]
+) -> None:
+    monkeypatch.setattr(
+        "sqcompile.recipe.Recipe.compile", lambda *a, **k: pytest.fail("it did the work first")
+    )
+    result = run("compile", "net.py:make", "-d", "x.npz", *target)
+    assert result.code == 1
+    assert "Only models of transformers" in result.err and ".pt2" in result.err
+    assert not (folder / target[1]).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [

@@ -110,3 +110,15 @@ def test_models_that_call_their_tokens_otherwise(run, tmp_path: Path) -> None:
     done = run("evaluate", f"{tmp_path}/own_model.py:image", "-d", data)
     assert done.code == 1
     assert "fails on tokens" in done.err and "sqcompile compare" in done.err
+
+
+def test_arrays_that_hold_no_tokens_are_not_offered(run, tmp_path: Path) -> None:
+    (tmp_path / "own_model.py").write_text(OWN)
+    np.savez(tmp_path / "images.npz", image=np.zeros((2, 3), dtype=np.float32))
+    done = run("evaluate", f"{tmp_path}/own_model.py:tiny", "-d", f"{tmp_path}/images.npz")
+    assert done.code == 1
+    assert "holds no token ids" in done.err and "tokenizer" in done.err and "images.npz:image" not in done.err
+    np.savez(tmp_path / "both.npz", image=np.zeros((2, 3)), words=np.zeros((2, 3), dtype=np.int64))
+    assert (
+        "both.npz:words" in run("evaluate", f"{tmp_path}/own_model.py:tiny", "-d", f"{tmp_path}/both.npz").err
+    )
