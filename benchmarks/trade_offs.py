@@ -114,6 +114,7 @@ def jobs() -> Iterator[tuple[str, str, Passes]]:
     four = Format(bits=4, signed=False, symmetric=False, granularity=PerGroup(32))
     prune = SparseGPT(sparsity=0.5, refit=True, exclude=HEAD)
     gptq = GPTQ(weight=four, formats=EIGHT_BITS)
+    sweep = GPTQ(weight=four, formats=EIGHT_BITS, sparsity=0.5, unpruned=HEAD)
     canonical = pipelines.canonical()
     magnitude = MaskWeights(sparsity=0.5, exclude=HEAD)
     nearest = pipelines.weight_only(bits=4)[len(canonical) :]
@@ -121,6 +122,7 @@ def jobs() -> Iterator[tuple[str, str, Passes]]:
         "prune by size, round to nearest": [*canonical, magnitude, ApplyMasks(), *nearest],
         "prune by SparseGPT, round to nearest": [*canonical, prune, ApplyMasks(), *nearest],
         "prune by SparseGPT, then GPTQ": [*canonical, prune, ApplyMasks(), gptq, FoldQDQ()],
+        "prune and round in one sweep of GPTQ": [*canonical, sweep, FoldQDQ()],
     }.items():
         yield "orders", point, passes
 
