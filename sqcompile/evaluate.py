@@ -121,10 +121,16 @@ def explain_failure(program: Program, inputs: Sequence[Any], error: Exception) -
 
 def refused(node: fx.Node | None, error: Exception) -> InputError:
     """Return the error for an operator that does not take its values, as tokens beyond the vocabulary."""
+    # NumPy's numbers are float64 where nothing else is said; tracing does not see that the weights are not.
+    mixed = "same dtype" in str(error)
     return InputError(
         "The program cannot run on these inputs.",
         where=None if node is None else locate(node),
         seen=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
-        expected="values that every operator takes, such as tokens below the size of the vocabulary",
-        next_step="check the values of the inputs; the original model refuses them too",
+        expected="inputs of the weights' element type"
+        if mixed
+        else "values that every operator takes, such as tokens below the size of the vocabulary",
+        next_step="convert both to float32: the inputs with .float(), the model with model.float()"
+        if mixed
+        else "check the values of the inputs; the original model refuses them too",
     )

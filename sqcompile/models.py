@@ -120,7 +120,10 @@ def _how_to_name_a_model(path: Path) -> str:
     if path.suffix == ".py":
         return f"name the function that makes the model: {path}:FUNCTION"
     if path.suffix in (".onnx", ".sqm"):
-        return "it is compiled already: compile the model that it was made from; sqcompile inspect says what is known of it"
+        return (
+            "it is compiled already: compile the model that it was made from; "
+            "sqcompile inspect says what is known of it"
+        )
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
         return (
             "weights, or a pickle, need the code of their model: write a function that makes it and loads "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.programs import Mlp, conv_net, data, mlp, seeded
@@ -220,6 +221,13 @@ class TestRunning:
         error = caught.value
         assert "%embedding (table, test_program.py:" in str(error.where) and "IndexError" in str(error.seen)
         assert error.expected and error.next_step
+
+    def test_numbers_of_another_type_than_the_weights(self) -> None:
+        """Tracing takes them, with linear layers; NumPy's are float64 where nothing else is said."""
+        x = torch.from_numpy(np.ones((2, 3)))
+        with pytest.raises(InputError, match=r"with \.float\(\)"):
+            trace(nn.Linear(3, 2), (x,))(x)
+        assert trace(nn.Linear(3, 2), (x.float(),))(x.float()).shape == (2, 2)
 
     def test_another_number_of_inputs(self) -> None:
         with pytest.raises(InputError):

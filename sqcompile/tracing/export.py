@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import sqcompile.operators.library  # noqa: F401 - registers the operators that programs hold
 from sqcompile.errors import InputError, TraceError
 from sqcompile.program import Program, graph_module_of
-from sqcompile.signature import describe_type
+from sqcompile.signature import describe_type, short_dtype
 from sqcompile.tracing.explain import explain, model_line, quiet
 from sqcompile.tracing.functionalize import fake_mode_in, refuse_mutated_state, remove_in_place
 from sqcompile.tracing.inline import inline_regions
@@ -155,8 +155,18 @@ def _run_eagerly(model: nn.Module, inputs: Inputs, reason: Exception) -> Any:
             seen=f"{type(error).__name__}: {error} (inputs: {shown})",
             expected="inputs that model(*args, **kwargs) accepts; those of size 1 along a dynamic "
             "dimension are repeated to size 2",
-            next_step="give inputs (data) of the sizes and element types that the model takes, or correct the model",
+            next_step=_way_to_fit(model, tensors),
         ) from reason
+
+
+def _way_to_fit(model: nn.Module, inputs: Sequence[torch.Tensor]) -> str:
+    """Return a next step for inputs on which the model fails: it may be their type, or the weights'."""
+    weights = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    given = {tensor.dtype for tensor in inputs if tensor.is_floating_point()}
+    if given == {torch.float32} and weights and torch.float32 not in weights:
+        names = " and ".join(sorted(map(short_dtype, weights)))
+        return f"the model's weights are {names}, the inputs float32: convert the model, with model.float()"
+    return "give inputs (data) of the sizes and element types that the model takes, or correct the model"
 
 
 @contextmanager

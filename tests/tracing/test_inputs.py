@@ -279,3 +279,13 @@ def test_dimensions_that_are_always_one_size_want_one_name() -> None:
     assert caught.value.next_step == "write 'rows' in both places"
     assert "export" not in str(caught.value)
     sqcompile.trace(Adds(), (torch.ones(3, 4),) * 2, dynamic_shapes={name: {0: Dim("rows")} for name in "xy"})
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_weights_of_another_type_than_the_inputs_are_what_to_convert(kind: torch.dtype) -> None:
+    model, x = nn.Conv1d(4, 2, 1).to(kind), torch.ones(1, 4, 3)
+    with pytest.raises(InputError, match=r"convert the model, with model\.float\(\)"):
+        sqcompile.trace(model, (x,))
+    sqcompile.trace(model.float(), (x,))
+    with pytest.raises(InputError, match="give inputs"):
+        sqcompile.trace(model, (x.to(kind),))
