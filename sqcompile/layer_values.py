@@ -55,8 +55,12 @@ def layers_to_json(layers: Iterable[LayerValues]) -> str:
     return json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
 
 
-def layers_from_json(text: str) -> list[LayerValues]:
+def layers_from_json(text: str, file: str = "") -> list[LayerValues]:
     """Read what `layers_to_json` wrote.
+
+    Args:
+        text: The JSON text.
+        file: Name of the file that it comes from, for the error.
 
     Raises:
         FileError: If the text is damaged.
@@ -66,7 +70,7 @@ def layers_from_json(text: str) -> list[LayerValues]:
     except (AttributeError, TypeError, ValueError) as error:
         raise FileError(
             "Which values of the file are those of layers cannot be read.",
-            where=LAYERS,
+            where=", ".join(filter(None, (file, LAYERS))),
             seen=f"{type(error).__name__}: {error}",
             expected="the JSON text that sqcompile writes",
             next_step="compile the model again",

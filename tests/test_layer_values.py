@@ -26,5 +26,6 @@ def test_layers_read_back() -> None:
     ["", "3", '{"a":1}', '[["conv"]]', '[["conv",3]]', '[["conv",{},[[2],"AAAA"]]]', '[["conv",{},["x"]]]'],
 )
 def test_damaged_text_is_refused(text: str) -> None:
-    with pytest.raises(FileError, match="values of the file"):
-        layers_from_json(text)
+    with pytest.raises(FileError, match="values of the file") as caught:
+        layers_from_json(text, "net.onnx")
+    assert caught.value.where == "net.onnx, sqcompile.layers"

@@ -67,7 +67,7 @@ class FileValues:
         metadata = {item.key: item.value for item in self._model.metadata_props}
         self.ours = _SIGNATURE in metadata
         self.layers_are_known = not self.ours or LAYERS in metadata
-        self._stated = layers_from_json(metadata.get(LAYERS, "[]"))
+        self._stated = layers_from_json(metadata.get(LAYERS, "[]"), str(path))
         self._values = self._stated_values() if self.ours else _own_values(self._model.graph)
         self._inner: onnxruntime.InferenceSession | None = None
         self._shown: list[str] = []

@@ -178,8 +178,19 @@ def flat_batches(subject: Subject, batches: Iterable[Any]) -> list[list[Any]]:
         CalibrationError: If one does not fit.
     """
     from sqcompile.calibration import Calibration
+    from sqcompile.errors import CalibrationError
 
-    return list(Calibration(list(batches), subject.signature))
+    try:
+        return list(Calibration(list(batches), subject.signature))
+    except CalibrationError as error:
+        sizes = {value.shape[0] for value in subject.signature.tensor_inputs if value.shape}
+        if (
+            str(error.where).endswith("dimension 0")
+            and len(sizes) == 1
+            and isinstance(size := sizes.pop(), int)
+        ):
+            error.next_step = f"'{subject.name}' takes {size} samples a call: --batch {size}"
+        raise
 
 
 def unknown_inputs(model: object) -> InputError:

@@ -286,6 +286,21 @@ def test_an_engine_file_without_a_recipe_says_what_to_save(run, folder: Path, fr
         assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
 
 
+def test_a_file_of_one_batch_size_says_which(run, folder: Path) -> None:
+    import torch
+
+    import sqcompile
+    from sqcompile.models import load_model
+
+    batch = torch.from_numpy(np.load("x.npz")["image"])[:5]
+    compiled = sqcompile.compile(load_model("net.py:make"), (), (batch,), backend="onnxruntime")
+    compiled.save("five.onnx")
+    result = run("compare", "net.py:make", "five.onnx", "-d", "x.npz")
+    assert result.code == 1 and "'five.onnx' takes 5 samples a call: --batch 5" in result.err
+    about = run("compare", "net.py:make", "five.onnx", "-d", "x.npz", "--batch", "5", "--json").json
+    assert [layer["name"] for layer in about["layers"]] == ["conv", "fc"]
+
+
 def test_files_without_common_names_show_their_outputs(run, folder: Path, from_python) -> None:
     import onnx
 
