@@ -82,6 +82,7 @@ class InputError(Error):
     - A size is not the traced one: make the dimension dynamic (`dynamic_shapes={"x": {0: "batch"}}`).
     - The inputs are not known: pass `example_inputs`, calibration data, or on the command line `--input`.
     - The model fixes a dimension that was declared dynamic: leave it out of `dynamic_shapes`.
+    - A token is negative or beyond the vocabulary: use the model's own tokenizer; pad with a token, not with -1.
     """
 
 
