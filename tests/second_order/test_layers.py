@@ -13,7 +13,7 @@ from support.quantize import run
 from torch import Tensor, nn
 
 from sqcompile.calibration import Calibration
-from sqcompile.errors import InputError
+from sqcompile.errors import CalibrationError, InputError
 from sqcompile.layers import Layer, layers_of
 from sqcompile.passes import GPTQ, SparseGPT
 from sqcompile.pipeline import PassContext
@@ -111,8 +111,24 @@ def test_all_data_is_used_where_it_may_lie_on_disk(tmp_path: Path) -> None:
 def test_a_token_beyond_the_vocabulary_is_named() -> None:
     data = tokens()
     data[2]["input_ids"] = data[2]["input_ids"] + 15
-    with pytest.raises(InputError, match="cannot run on these inputs") as caught:
+    with pytest.raises(CalibrationError, match="no row of the model's embedding") as caught:
         run([GPTQ(weight=Format.parse("uint4:group=4:affine"))], padded(), data)
+    assert "calibration batch 2" in str(caught.value) and "0 to 19" in str(caught.value)
+
+
+def test_so_is_one_that_only_the_model_computes() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 8)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x + 2))
+
+    program = trace(seeded(Shifted), (torch.arange(8),))
+    with pytest.raises(InputError, match="cannot run on these inputs") as caught:
+        run([GPTQ(weight=Format.parse("uint4:group=4:affine"))], program, [torch.arange(8) + 11])
     assert "embed" in str(caught.value) and "below the size of the vocabulary" in str(caught.value)
 
 
