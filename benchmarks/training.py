@@ -270,7 +270,7 @@ _SPARSE = SparseGPT(
 
 
 def pruned(train: Distillation) -> list[sqcompile.Pass]:
-    rounds = PruneGradually(train=train, prune=_SPARSE, rounds=3, schedule="linear", start=0.75)
+    rounds = PruneGradually(train=train, prune=_SPARSE, rounds=6, schedule="linear", start=0.6)
     return [*pipelines.canonical(), rounds, ApplyMasks()]
 
 
@@ -302,7 +302,7 @@ def narrowed(train: Distillation) -> list[sqcompile.Pass]:
 BLOCKS = tuple(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3))
 
 RESNET_JOBS = {
-    "sparse": Job("90 % zeros, 3 rounds", 16, 3e-3, 2.0, pruned, BLOCKS, earlier=1),
+    "sparse": Job("90 % zeros, 6 rounds", 12, 3e-3, 2.0, pruned, BLOCKS, earlier=5),
     "int8": Job("8 bits, weights and values", 2, 1e-4, 0.3, quantized("int8:channel=0:narrow")),
     "int4": Job("4-bit weights, 8-bit values", 4, 5e-4, 1.0, quantized("int4:channel=0:narrow")),
     "macs": Job("half of the multiply-accumulates", 28, 3e-3, 2.0, narrowed, BLOCKS),
