@@ -15,7 +15,15 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from sqcompile.backend import Artifact, Backend, Session, backend_names, check_threads, get_backend
+from sqcompile.backend import (
+    PREFERENCE,
+    Artifact,
+    Backend,
+    Session,
+    backend_names,
+    check_threads,
+    get_backend,
+)
 from sqcompile.blocks import find_blocks
 from sqcompile.calibration import LABELS_HINT, Calibration, as_call, keep_iterator, reject_empty
 from sqcompile.compare import LayerDistance, compare_layers
@@ -621,7 +629,7 @@ def _named(shapes: Any) -> set[str]:
 def choose_backend(program: Program) -> tuple[Backend, str]:
     """Return the first backend that can run the whole program, and the reason for the choice."""
     reasons = []
-    for name in ("native", "onnxruntime", "reference"):
+    for name in PREFERENCE:
         try:
             backend = get_backend(name)
         except BackendError as error:

@@ -33,6 +33,9 @@ _BACKENDS = {
     "native-exact": "sqcompile.backends.native.exact",
 }
 
+PREFERENCE = ("native", "onnxruntime", "reference")
+"""The backends that `auto` tries, fastest first."""
+
 
 class Session(ABC):
     """A loaded artifact: called as the model is, it returns what the model returns."""
@@ -315,7 +318,7 @@ class Backend(ABC):
             return f"convert the model and its inputs from {names} to float32: model.float()"
         able = [
             f"backend='{name}'"
-            for name in ("native", "onnxruntime", "reference")
+            for name in PREFERENCE
             if not self.name.startswith(name) and _runs(name, program)
         ]
         return f"use {' or '.join(able)}, which can; or compile a part of the model without them"
@@ -328,19 +331,25 @@ def _runs(name: str, program: Program) -> bool:
         return False
 
 
-def check_threads(threads: object) -> None:
+def check_threads(threads: object, most: int | None = None) -> None:
     """Check a number of threads.
 
+    Args:
+        threads: The number.
+        most: The most that a runtime can have, if there is a limit.
+
     Raises:
-        BackendError: If it is neither None nor a whole number from 1 on.
+        BackendError: If it is neither None nor a whole number from 1 to `most`.
     """
-    if threads is None or (isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1):
+    if threads is None:
+        return
+    if isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= (most or threads):
         return
     raise BackendError(
         "A session cannot have so many threads.",
         where="threads",
         seen=repr(threads),
-        expected="a whole number from 1 on, or None",
+        expected=f"1 to {most}, or None" if most else "a whole number from 1 on, or None",
         next_step="pass threads=None, which leaves the choice to the runtime",
     )
 

@@ -21,6 +21,9 @@ from sqcompile.errors import FileError, InputError, did_you_mean
 Dim = int | str
 """A size: a number, or the name of a symbolic dimension (or an expression of names)."""
 
+SIGNATURE = "sqcompile.signature"
+"""Key of an ONNX file's metadata under which its signature stands, as JSON."""
+
 _CALL = "call of the program"
 
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {

@@ -89,9 +89,9 @@ class NativeBackend(Backend):
         """
         from sqcompile.backends.native.kernel_times import cache_file
         from sqcompile.backends.native.measure_kernels import measure_kernels
-        from sqcompile.backends.native.session import check_threads
+        from sqcompile.backends.native.session import threads_of
 
-        threads = check_threads(threads)
+        threads = threads_of(threads)
         return measure_kernels(threads=threads, progress=progress).save(cache_file(threads))
 
     def product_ns(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sqcompile.backend import Session
+from sqcompile.backend import Session, check_threads
 from sqcompile.backends.native import _native
 from sqcompile.backends.native.artifact import NativeArtifact
 from sqcompile.backends.native.cpu import cpu_features
@@ -185,7 +185,7 @@ def load(source: NativeArtifact | Path, threads: int | None) -> NativeSession:
         FileError: If the file is missing, damaged, or another tool's.
         BackendError: If there cannot be so many threads.
     """
-    threads = check_threads(threads)
+    threads = threads_of(threads)
     if isinstance(source, NativeArtifact):
         # Through a file, so that the weights are in memory once, as the page cache holds them.
         with tempfile.TemporaryDirectory(prefix="sqcompile.") as folder:
@@ -206,20 +206,11 @@ def load(source: NativeArtifact | Path, threads: int | None) -> NativeSession:
         ) from error
 
 
-def check_threads(threads: int | None) -> int:
+def threads_of(threads: int | None) -> int:
     """Return a number of threads that a session can have; None: one a core.
 
     Raises:
         BackendError: If there cannot be so many.
     """
-    if threads is None:
-        return min(cpu_features().physical_cores, _MOST_THREADS)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS:
-        raise BackendError(
-            "A session cannot have so many threads.",
-            where="threads",
-            seen=repr(threads),
-            expected=f"1 to {_MOST_THREADS}, or None",
-            next_step="pass threads=None to use every core",
-        )
-    return threads
+    check_threads(threads, most=_MOST_THREADS)
+    return min(cpu_features().physical_cores, _MOST_THREADS) if threads is None else threads

@@ -16,10 +16,7 @@ from sqcompile.backends.onnxruntime.generation.folder import CONFIG, genai_confi
 from sqcompile.backends.onnxruntime.generation.rewrite import Generation, NoGenerationError
 from sqcompile.errors import FileError
 from sqcompile.files import atomic_file, sync, write_errors
-from sqcompile.signature import Signature
-
-SIGNATURE = "sqcompile.signature"
-"""Key of the model's metadata under which its signature stands, as JSON."""
+from sqcompile.signature import SIGNATURE, Signature
 
 GENERATION = "sqcompile.generation"
 """Key under which a model that takes only new tokens says what it keeps of earlier ones, as JSON."""

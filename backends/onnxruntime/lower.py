@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from sqcompile.backends.onnxruntime import cleanup, compact, saturation, weights
-from sqcompile.backends.onnxruntime.artifact import GENERATION, SIGNATURE, OnnxArtifact
+from sqcompile.backends.onnxruntime.artifact import GENERATION, OnnxArtifact
 from sqcompile.backends.onnxruntime.generation.rewrite import Generation, generating
 from sqcompile.backends.onnxruntime.generation.wire import wire
 from sqcompile.backends.onnxruntime.selection import select
@@ -25,6 +25,7 @@ from sqcompile.compare import ProgramValues
 from sqcompile.errors import BackendError
 from sqcompile.layer_values import LAYERS, LayerValues, layers_to_json, original_name
 from sqcompile.program import Program
+from sqcompile.signature import SIGNATURE
 from sqcompile.text import locate, symbol_names
 
 _Values = dict[str, tuple[ir.Value, fx.Node]]

@@ -16,10 +16,6 @@ def main() -> None:
     try:
         from sqcompile.cli.app import app  # takes a moment, in which a user may have thought better of it
     except KeyboardInterrupt:
-        sys.exit(_interrupted())
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
     app()
-
-
-def _interrupted() -> int:
-    print("Interrupted.", file=sys.stderr)
-    return 130

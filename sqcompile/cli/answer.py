@@ -141,7 +141,7 @@ def _errors(as_json: bool, debug: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         if as_json:
-            print_json({"error": _error_data(Error("Interrupted."))})
+            print_json({"error": error_data(Error("Interrupted."))})
         say("Interrupted.")
         raise typer.Exit(130) from None
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
@@ -152,7 +152,7 @@ def _errors(as_json: bool, debug: bool) -> Iterator[None]:
             raise
         known = error if isinstance(error, Error) else _unexpected(error)
         if as_json:
-            print_json({"error": _error_data(known)})
+            print_json({"error": error_data(known)})
         print_error(known)
         raise typer.Exit(known.exit_code) from None
 
@@ -181,9 +181,10 @@ def _unexpected(error: Exception) -> Error:
     )
 
 
-def _error_data(error: Error) -> dict[str, Any]:
+def error_data(error: Error, kind: str | None = None) -> dict[str, Any]:
+    """Return an error as JSON has it, under the name of its class or of the kind that is given."""
     parts = {name: getattr(error, name) for name in ("what", "where", "seen", "expected", "next_step")}
-    return {"kind": type(error).__name__, **parts}
+    return {"kind": kind or type(error).__name__, **parts}
 
 
 def _finite(value: Any) -> Any:

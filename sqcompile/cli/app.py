@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from sqcompile import __version__
-from sqcompile.cli.answer import print_json
+from sqcompile.cli.answer import error_data, print_json
 from sqcompile.cli.bench import bench
 from sqcompile.cli.bundle import bundle
 from sqcompile.cli.compare import compare
@@ -21,6 +21,7 @@ from sqcompile.cli.passes import passes
 from sqcompile.cli.recipe import recipe
 from sqcompile.cli.report import report
 from sqcompile.cli.sensitivity import sensitivity
+from sqcompile.errors import Error
 
 _UsageError: Any = typer.BadParameter.__base__
 """Click's own, or that of the copy of click which newer versions of typer bring along."""
@@ -39,8 +40,8 @@ class _Commands(TyperGroup):
         except _UsageError as error:
             if ctx.meta[__name__]:
                 command = ctx.command_path if error.ctx is None else error.ctx.command_path
-                parts = {"where": command, "seen": None, "expected": None, "next_step": f"{command} --help"}
-                print_json({"error": {"kind": "UsageError", "what": error.format_message(), **parts}})
+                what = Error(error.format_message(), where=command, next_step=f"{command} --help")
+                print_json({"error": error_data(what, "UsageError")})
             raise  # typer shows it, and ends with 2
 
 

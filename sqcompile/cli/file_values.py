@@ -11,14 +11,12 @@ import numpy as np
 import onnxruntime
 import torch
 
-from sqcompile.cli.onnx_file import read_onnx
+from sqcompile.cli.onnx_file import metadata_of, read_onnx
 from sqcompile.compare import NamedLayer
 from sqcompile.errors import BackendError
 from sqcompile.layer_values import LAYERS, layers_from_json
 from sqcompile.metrics import Distance, DistanceMeter
-from sqcompile.signature import Signature
-
-_SIGNATURE = "sqcompile.signature"
+from sqcompile.signature import SIGNATURE, Signature
 
 _LAYERS = re.compile(
     r"(Fused|QLinear|Quantized)?(Conv(Transpose|Integer)?|Q?Gemm|MatMul\w*|DynamicQuantizeMatMul)"
@@ -64,8 +62,8 @@ class FileValues:
     def __init__(self, path: Path, session: Fed, threads: int | None) -> None:
         self._path, self._session, self._threads = path, session, threads
         self._model = read_onnx(path)  # without tensors that lie beside it
-        metadata = {item.key: item.value for item in self._model.metadata_props}
-        self.ours = _SIGNATURE in metadata
+        metadata = metadata_of(self._model)
+        self.ours = SIGNATURE in metadata
         self.layers_are_known = not self.ours or LAYERS in metadata
         self._stated = layers_from_json(metadata.get(LAYERS, "[]"), str(path))
         self._values = self._stated_values() if self.ours else _own_values(self._model.graph)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sqcompile.backend import Session
 from sqcompile.errors import BackendError, FileError
-from sqcompile.signature import Signature, Value
+from sqcompile.signature import SIGNATURE, Signature, Value
 
 _TYPES = {
     "tensor(float)": torch.float32,
@@ -83,9 +83,9 @@ class ForeignSession(Session):
 
 def is_ours(path: Path) -> bool:
     """Whether a file carries the signature that sqcompile writes."""
-    from sqcompile.cli.onnx_file import read_onnx
+    from sqcompile.cli.onnx_file import metadata_of, read_onnx
 
-    return any(item.key.startswith("sqcompile.") for item in read_onnx(path).metadata_props)
+    return SIGNATURE in metadata_of(read_onnx(path))
 
 
 def _value(item: Any, path: Path) -> Value:

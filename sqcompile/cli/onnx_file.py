@@ -47,7 +47,7 @@ def describe_onnx(path: Path, *, graph: bool = False) -> dict[str, Any]:
         "operators": dict(Counter(_operator(node) for node in inner.node).most_common()),
         "stored": by_type,
         "largest": sorted(stored, key=lambda item: -item["size_bytes"])[:_LARGEST],
-        "metadata": {item.key: len(item.value) for item in model.metadata_props},
+        "metadata": {key: len(text) for key, text in metadata_of(model).items()},
         **describe_made(_provenance(model)),
     }
     if graph:
@@ -127,11 +127,18 @@ def show_onnx(target: Console, about: dict[str, Any]) -> None:
         target.print(about["graph"], soft_wrap=True, markup=False)
 
 
+def metadata_of(model: Any) -> dict[str, str]:
+    """Return the texts that an ONNX model carries, by key."""
+    return {item.key: item.value for item in model.metadata_props}
+
+
 def _provenance(model: Any) -> Any:
     """Return how a model of ours was made. The signature is not built: that may need its output's class."""
     import json
 
-    found = {item.key: item.value for item in model.metadata_props}.get("sqcompile.signature")
+    from sqcompile.signature import SIGNATURE
+
+    found = metadata_of(model).get(SIGNATURE)
     try:
         return None if found is None else json.loads(found).get("provenance")
     except (ValueError, AttributeError):  # damaged: there is still the rest of the file to look at

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from sqcompile.backends.onnxruntime import BACKEND
-from sqcompile.backends.onnxruntime.artifact import SIGNATURE, OnnxArtifact
+from sqcompile.backends.onnxruntime.artifact import OnnxArtifact
 from sqcompile.errors import BackendError, FileError
 from sqcompile.layer_values import LAYERS
 from sqcompile.program import Program
+from sqcompile.signature import SIGNATURE
 from sqcompile.tracing import trace
 
 
