@@ -245,7 +245,7 @@ class TestPasses:
         refused(PassOptionError, seeded(Mlp), ["mask-weights{sparsty=0.5}"], (data(2, 8),))
 
     def test_conflicts_are_found_before_tracing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sqcompile.api.trace", lambda *a, **k: pytest.fail("it traced"))
+        monkeypatch.setattr("sqcompile.opening.trace", lambda *a, **k: pytest.fail("it traced"))
         error = refused(LevelError, seeded(Mlp), ["insert-observers", "fold-batch-norm"], (data(2, 8),))
         assert "fold-batch-norm cannot follow insert-observers" in error.what
         refused(PassOptionError, seeded(Mlp), (), (data(2, 8),), verify="always")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from sqcompile.api import trace_any
 from sqcompile.backend import Artifact, Backend, Session, get_backend
 from sqcompile.evaluate import run_watched
+from sqcompile.opening import trace_any
 from sqcompile.program import Program
 from sqcompile.watched import WatchedSession, with_outputs
 

@@ -101,11 +101,11 @@ def open_model(name: str, feed: Feed) -> Subject:
     Raises:
         Error: If it cannot be loaded or traced, or its inputs are not known.
     """
-    from sqcompile.api import find_inputs, trace_any
     from sqcompile.cli.answer import progress
     from sqcompile.data import Batches
     from sqcompile.input_spec import InputSpec, example_inputs
     from sqcompile.models import load_model
+    from sqcompile.opening import find_inputs, trace_any
 
     progress().note(f"loading {name}")
     model = load_model(name)
